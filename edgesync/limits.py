@@ -1,0 +1,87 @@
+"""Every bound on what a peer, a broker, a file or an operator can make this program hold, with the reason.
+
+Sizes are bytes, times are seconds. A bound is applied before the thing it bounds is allocated, parsed or verified.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# --- content -------------------------------------------------------------------------------------------------------
+MAX_PIECES: Final = 100_000
+"""Pieces in a manifest: bounds bitfields to 12.5 KB and piece tables to a few MB on a small device."""
+MAX_FILES: Final = 100_000
+"""Files, folders and symlinks together: bounds what a device walks, opens and remembers."""
+MAX_MANIFEST_BYTES: Final = 16 * MIB
+MAX_PIECE_BYTES: Final = 64 * MIB
+"""Largest plain piece: what a receiver must be willing to hold while it hashes."""
+MIN_PIECE_AVERAGE_BYTES: Final = 64 * KIB
+MAX_PATH_BYTES: Final = 4096
+MAX_COMPONENT_BYTES: Final = 255
+MAX_SYMLINK_BYTES: Final = 4096
+MAX_ZSTD_WINDOW_LOG: Final = 21
+"""A frame that wants a larger window is refused: the decoder would allocate it."""
+
+# --- trust metadata ------------------------------------------------------------------------------------------------
+MAX_ROOT_BYTES: Final = 64 * KIB
+MAX_TIMESTAMP_BYTES: Final = 16 * KIB
+MAX_SNAPSHOT_BYTES: Final = 256 * KIB
+MAX_TARGETS_BYTES: Final = 5 * MIB
+"""python-tuf parses before it verifies; a file above its cap is never parsed."""
+MAX_ROOT_ROTATIONS: Final = 256
+MAX_DELEGATED_ROLES: Final = 64
+MAX_ASSIGNMENT_SET_BYTES: Final = 64 * KIB
+MAX_ASSIGNMENT_ENTRIES: Final = 64
+MAX_ENVELOPE_BYTES: Final = 128 * KIB
+MAX_CERTIFICATE_BYTES: Final = 2 * KIB
+MAX_CLOCK_AHEAD_S: Final = 400 * 86_400
+"""A system clock further ahead of the signed floor than this is not believed."""
+
+# --- QUIC ----------------------------------------------------------------------------------------------------------
+MAX_FRAME_BYTES: Final = 64 * KIB
+"""Largest length-prefixed message; piece bodies follow outside it."""
+UNPROVEN_WINDOW_BYTES: Final = 16 * KIB
+"""All a stranger may send before it has proved which member it is."""
+UNPROVEN_TIMEOUT_S: Final = 5.0
+MAX_UNPROVEN_CONNECTIONS: Final = 32
+MAX_UNPROVEN_PER_ADDRESS: Final = 4
+RETRY_FROM_UNPROVEN: Final = 8
+"""From this many unproven connections on, a client must show it receives at its address (QUIC Retry)."""
+MAX_PIECES_PER_REQUEST: Final = 256
+MAX_REQUESTS_PER_CONNECTION: Final = 8
+"""Streams one peer may have open towards us at a time."""
+MAX_CONNECTIONS: Final = 256
+"""Proven connections of a device."""
+MAX_GATEWAY_CONNECTIONS: Final = 1000
+REASSEMBLY_BUDGET_BYTES: Final = 64 * MIB
+"""Received, not yet consumed bytes over all connections together."""
+MAX_LEASE_PIECES: Final = 256
+MAX_MANIFESTS_PER_CONNECTION: Final = 16
+"""Manifests one peer may announce bitfields for."""
+
+# --- MQTT ----------------------------------------------------------------------------------------------------------
+MAX_MQTT_CONNECT_BYTES: Final = 4 * KIB
+MAX_MQTT_PACKET_BYTES: Final = 128 * KIB
+SOFT_MQTT_PAYLOAD_BYTES: Final = 64 * KIB
+"""Manifests and metadata up to this ride on MQTT, larger ones are fetched by digest over QUIC."""
+MAX_STATE_BYTES: Final = 16 * KIB
+MAX_REPORT_BYTES: Final = 4 * KIB
+MAX_PROGRESS_BYTES: Final = 1 * KIB
+MAX_OUTBOX_REPORTS: Final = 1000
+
+# --- discovery -----------------------------------------------------------------------------------------------------
+MAX_PEER_CANDIDATES: Final = 64
+MIN_DIAL_INTERVAL_S: Final = 1.0
+MAX_TXT_BYTES: Final = 400
+
+# --- durability ----------------------------------------------------------------------------------------------------
+FLUSH_BYTES: Final = 8 * MIB
+FLUSH_INTERVAL_S: Final = 2.0
+RESERVE_BYTES: Final = 16 * MIB
+"""Freed to record that the disk is full."""
+DISK_SLACK_BYTES: Final = 64 * MIB
+
+# --- operator ------------------------------------------------------------------------------------------------------
+MAX_LABELS: Final = 64
+MAX_LABEL_BYTES: Final = 63
