@@ -1,0 +1,125 @@
+"""Tables of the register: devices, tokens, assignments, the event log and the daemon's own row.
+
+Tables of the content store and of the metadata repository stand beside the modules that own them. A migration commits
+together with its record; a released one is never edited, a change is a new one.
+"""
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("gateway")
+
+
+@migrations()
+def m001_register(db: Database) -> None:
+    for statement in (
+        # AUTOINCREMENT: an id is never given twice, so a consumer that remembers one misses nothing.
+        """CREATE TABLE events (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            ts REAL NOT NULL,
+            actor TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            data TEXT NOT NULL)""",
+        "CREATE INDEX events_subject ON events (subject, id)",
+        """CREATE TRIGGER events_no_update BEFORE UPDATE ON events
+            BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
+        """CREATE TRIGGER events_no_delete BEFORE DELETE ON events
+            BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
+        # One row, id 1: the fleet this gateway belongs to and who it is.
+        """CREATE TABLE fleet (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            name TEXT NOT NULL,
+            fleet_id TEXT NOT NULL,
+            region TEXT NOT NULL,
+            gateway_id TEXT NOT NULL,
+            gateway_key TEXT NOT NULL,
+            advertise TEXT NOT NULL,
+            created REAL NOT NULL)""",
+        """CREATE TABLE tokens (
+            id TEXT PRIMARY KEY,
+            secret_hash BLOB NOT NULL,
+            created REAL NOT NULL,
+            expires REAL NOT NULL,
+            uses INTEGER NOT NULL,
+            site TEXT,
+            labels TEXT NOT NULL,
+            hardware TEXT,
+            id_pattern TEXT,
+            auto_accept INTEGER NOT NULL,
+            revoked REAL)""",
+        # Who used a token: the same key asking again gets the same answer.
+        """CREATE TABLE token_uses (
+            token_id TEXT NOT NULL REFERENCES tokens (id),
+            key TEXT NOT NULL,
+            device_id TEXT NOT NULL,
+            ts REAL NOT NULL,
+            PRIMARY KEY (token_id, key))""",
+        """CREATE TABLE devices (
+            id TEXT PRIMARY KEY,
+            key TEXT NOT NULL UNIQUE,
+            region TEXT NOT NULL,
+            labels TEXT NOT NULL,
+            hardware TEXT NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('accepted', 'pending', 'rejected')),
+            certificate BLOB,
+            token_id TEXT,
+            joined REAL NOT NULL,
+            agent_version TEXT NOT NULL DEFAULT '',
+            online INTEGER NOT NULL DEFAULT 0,
+            last_seen REAL,
+            address TEXT NOT NULL DEFAULT '',
+            waiting TEXT NOT NULL DEFAULT '',
+            problems TEXT NOT NULL DEFAULT '[]',
+            state_epoch INTEGER NOT NULL DEFAULT 0,
+            state_sequence INTEGER NOT NULL DEFAULT 0,
+            report_epoch INTEGER NOT NULL DEFAULT 0,
+            report_sequence INTEGER NOT NULL DEFAULT 0,
+            cmd_sequence INTEGER NOT NULL DEFAULT 0)""",
+        # What a device says of each bundle it was given or holds.
+        """CREATE TABLE device_bundles (
+            device_id TEXT NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
+            name TEXT NOT NULL,
+            version TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            state TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            pieces_total INTEGER NOT NULL,
+            pieces_have INTEGER NOT NULL,
+            updated REAL NOT NULL,
+            counters TEXT NOT NULL DEFAULT '{}',
+            PRIMARY KEY (device_id, name, version))""",
+        """CREATE TABLE assignments (
+            device_id TEXT NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
+            kind TEXT NOT NULL,
+            name TEXT NOT NULL,
+            version TEXT NOT NULL,
+            target_hash TEXT NOT NULL,
+            target_length INTEGER NOT NULL,
+            assignment_id TEXT NOT NULL,
+            action TEXT NOT NULL,
+            not_before REAL,
+            created REAL NOT NULL,
+            PRIMARY KEY (device_id, name))""",
+        """CREATE TABLE assignment_sets (
+            device_id TEXT PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+            sequence INTEGER NOT NULL,
+            issued REAL NOT NULL,
+            expires REAL NOT NULL,
+            envelope BLOB NOT NULL)""",
+        # Standing rules of assign --follow: a device that joins later obeys them too.
+        """CREATE TABLE follow_rules (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            name TEXT NOT NULL,
+            version TEXT,
+            selector TEXT NOT NULL,
+            action TEXT NOT NULL,
+            created REAL NOT NULL)""",
+        # What the running daemon says of itself, rewritten each second.
+        """CREATE TABLE runtime (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            pid INTEGER NOT NULL,
+            started REAL NOT NULL,
+            updated REAL NOT NULL,
+            data TEXT NOT NULL)""",
+    ):
+        db.conn.execute(statement)
