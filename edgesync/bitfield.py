@@ -1,6 +1,6 @@
 """A fixed-length set of piece indexes.
 
-Bit 0 is the highest bit of the first byte (BEP 3), spare bits at the end are zero; ``from_bytes`` refuses anything else.
+Bit 0 is the highest bit of the first byte (BEP 3), spare bits at the end are zero; ``from_bytes`` refuses else.
 It does no I/O and is not thread-safe.
 """
 

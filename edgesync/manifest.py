@@ -13,8 +13,8 @@ Form (``edgesync.manifest/1``), JSON, at most MAX_MANIFEST_BYTES; tables are arr
      "files": [["etc/app.conf", 420, 1234, [[0, 1]], null], …],
      "symlinks": [["etc/alias", "app.conf"], …]}
 
-A file is ``[path, mode, size, runs, sha256, mutable?]``: runs are ``[first piece, count]``; sha256 (base64) is null where
-one piece is the whole file (the piece id says it) or the file is empty. Entries are sorted by path bytes.
+A file is ``[path, mode, size, runs, sha256, mutable?]``: runs are ``[first piece, count]``; sha256 (base64) is null
+where one piece is the whole file (the piece id says it) or the file is empty. Entries are sorted by path bytes.
 
 Invariants of a parsed Manifest: every path passed ``check_path``; no two are equal after NFC and case folding; nothing
 lies below a file or symlink; every parent folder is listed; symlinks resolve inside; sizes equal the sum of their
@@ -35,7 +35,7 @@ from edgesync import limits
 from edgesync.errors import UnsafePathError, VerificationError
 from edgesync.ids import Digest, PieceId
 
-SCHEMA = "edgesync.manifest/1"
+SCHEMA: Literal["edgesync.manifest/1"] = "edgesync.manifest/1"
 FEATURES: frozenset[str] = frozenset()
 """``requires_features`` this version understands."""
 

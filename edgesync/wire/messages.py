@@ -248,7 +248,7 @@ Message = ControlMessage | StreamMessage
 
 
 def proof_payload(*, role: str, nonce: bytes, server_certificate_sha256: bytes) -> bytes:
-    """What PROOF signs (under the envelope context ``proof``): this protocol, this role, this challenge, this server."""
+    """What PROOF signs, in the envelope context ``proof``: protocol, role, challenge and server."""
     return b"\0".join((ALPN.encode(), role.encode(), nonce + server_certificate_sha256))
 
 

@@ -1,0 +1,3 @@
+from edgesync.cli.main import main
+
+main()
