@@ -33,7 +33,6 @@ def m001_register(db: Database) -> None:
             region TEXT NOT NULL,
             gateway_id TEXT NOT NULL,
             gateway_key TEXT NOT NULL,
-            advertise TEXT NOT NULL,
             created REAL NOT NULL)""",
         """CREATE TABLE tokens (
             id TEXT PRIMARY KEY,

@@ -13,6 +13,8 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,7 @@ DATA_VARIABLE = "EDGESYNC_DATA"
 _DEFAULT_ROOT = Path("/var/lib/edgesync")
 _DEFAULT_CONFIG = Path("/etc/edgesync")
 
+_NOT_CONTENT = {"lock", "lost+found", ".building"}
 _MISSING: dict[Role, str] = {
     "gateway": "no gateway in {path}: run edgesync gateway init --advertise HOST",
     "agent": "not joined: on the gateway run edgesync token create (looked in {path})",
@@ -78,28 +81,48 @@ class DataDir:
 
     @classmethod
     def create(cls, path: Path, role: Role) -> Self:
-        """Make the directory, or adopt an empty one.
+        """Make an empty directory of ``role``; see ``building`` for its modes and errors."""
+        with cls.building(path, role) as made:
+            return made
 
-        A gateway's is 0700. An agent's is 0755, because applications read ``bundles/`` below it; what is secret in
-        there has modes of its own.
+    @classmethod
+    @contextlib.contextmanager
+    def building(cls, path: Path, role: Role) -> Iterator[Self]:
+        """Make the directory, or adopt an empty one, let the caller fill it, then give it its role.
 
-        Raises ConfigError: it holds something already, or cannot be made.
+        It becomes a role's directory whole or not at all: after an error what was written is removed, and what a
+        killed process left (marked by ``.building``) is cleared by the next attempt. A gateway's is 0700. An agent's
+        is 0755, because applications read ``bundles/`` below it; what is secret in there has modes of its own.
+
+        Raises ConfigError: it holds something already, is being made by another process, or cannot be made.
         """
         existing = _read_role(path)
         if existing is not None:
             _check_role(path, existing, role)
             raise ConfigError(f"{path} is {_NOUN[role]} data directory already")
         mode = 0o700 if role == "gateway" else 0o755
+        marker = path / ".building"
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             path.mkdir(mode=mode, exist_ok=True)
-            if any(entry.name not in {"lock", "lost+found"} for entry in os.scandir(path)):
+            if not marker.exists() and any(
+                entry.name not in _NOT_CONTENT for entry in os.scandir(path)
+            ):
                 raise ConfigError(f"{path} is not empty and not {_NOUN[role]} data directory")
             path.chmod(mode)
-            _write_role(path, role)
+            with lock(path):
+                _clear(path)
+                marker.touch(mode=0o600)
+                try:
+                    yield cls(path, role)
+                    _write_role(path, role)
+                except BaseException:
+                    _clear(path)
+                    marker.unlink(missing_ok=True)
+                    raise
+                marker.unlink()
         except OSError as exc:
             raise ConfigError(f"cannot make {path}: {exc.strerror or exc}") from exc
-        return cls(path, role)
 
     @classmethod
     def open(cls, path: Path, role: Role | None = None) -> Self:
@@ -209,6 +232,11 @@ class DataDir:
         return self.path / "reserve"
 
 
+def role_of(path: Path) -> Role:
+    """Which role lives in ``path``. Raises ConfigError as ``DataDir.open`` does."""
+    return DataDir.open(path).role
+
+
 def lock(path: Path) -> DataLock:
     """Take ``path`` for this process, whatever role it has. Raises ConfigError: another process has it."""
     try:
@@ -228,6 +256,16 @@ def lock(path: Path) -> DataLock:
         os.close(fd)
         raise ConfigError(f"cannot lock {path}: {exc.strerror or exc}") from exc
     return DataLock(fd)
+
+
+def _clear(path: Path) -> None:
+    for entry in os.scandir(path):
+        if entry.name in _NOT_CONTENT:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            Path(entry.path).unlink()
 
 
 def _lock_pid(fd: int) -> int | None:
@@ -306,4 +344,5 @@ __all__ = [
     "choose_path",
     "default_path",
     "lock",
+    "role_of",
 ]

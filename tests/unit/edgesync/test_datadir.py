@@ -4,7 +4,7 @@ import os
 import pytest
 
 from edgesync.errors import ConfigError, ExitCode
-from edgesync.storage.datadir import DataDir, choose_path, default_path
+from edgesync.storage.datadir import DataDir, choose_path, default_path, role_of
 
 
 def test_create_then_open_either_way(tmp_path):
@@ -79,3 +79,26 @@ def test_choose_path(tmp_path, monkeypatch):
     assert choose_path("agent", tmp_path / "x") == tmp_path / "x"
     assert DataDir(default_path("agent"), "agent").config.as_posix() == "/etc/edgesync/agent.toml"
     assert DataDir(tmp_path, "gateway").config == tmp_path / "gateway.toml"
+
+
+def fail_while_building(path):
+    with DataDir.building(path, "gateway") as made:
+        made.keys.mkdir()
+        (made.keys / "x").write_text("secret")
+        raise RuntimeError
+
+
+def test_building_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "gw"
+    with pytest.raises(RuntimeError):
+        fail_while_building(path)
+    assert [entry.name for entry in path.iterdir()] == ["lock"]
+    # What a killed process leaves: content and the marker, no role.
+    (path / ".building").touch()
+    (path / "gateway.db").write_text("half")
+    with DataDir.building(path, "gateway") as made:
+        assert not made.database.exists()
+        with pytest.raises(ConfigError, match="in use"):
+            DataDir.create(path, "gateway")
+    assert role_of(path) == "gateway"
+    assert not (path / ".building").exists()
