@@ -3,7 +3,8 @@
 It checks nothing: ``edgesync.manifest`` and ``edgesync.wire.messages`` hold the patterns remote names must match.
 """
 
-from typing import NewType
+from dataclasses import dataclass
+from typing import Literal, NewType
 
 DeviceId = NewType("DeviceId", str)
 """Registered name of a device, ``[a-z0-9][a-z0-9-]{0,62}``."""
@@ -28,3 +29,15 @@ PieceIndex = NewType("PieceIndex", int)
 
 FleetId = NewType("FleetId", str)
 """SHA-256 of the fleet's first root metadata, 64 hex digits."""
+
+Role = Literal["device", "gateway"]
+"""What a member is on the wire; the machine itself, not the daemon on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """A member of the fleet as its certificate was judged: by key for a gateway, by issuer for a device."""
+
+    role: Role
+    id: str
+    key: PeerKey

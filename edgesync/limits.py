@@ -16,6 +16,8 @@ MAX_FILES: Final = 100_000
 MAX_MANIFEST_BYTES: Final = 16 * MIB
 MAX_PIECE_BYTES: Final = 64 * MIB
 """Largest plain piece: what a receiver must be willing to hold while it hashes."""
+MAX_OCCURRENCES: Final = 1_000_000
+"""Places the pieces of one manifest stand at in its files: a device indexes each of them (12 bytes)."""
 MIN_PIECE_AVERAGE_BYTES: Final = 64 * KIB
 MAX_PATH_BYTES: Final = 4096
 MAX_COMPONENT_BYTES: Final = 255
@@ -56,6 +58,24 @@ MAX_CONNECTIONS: Final = 256
 MAX_GATEWAY_CONNECTIONS: Final = 1000
 REASSEMBLY_BUDGET_BYTES: Final = 64 * MIB
 """Received, not yet consumed bytes over all connections together."""
+MAX_CONTROL_FRAME_BYTES: Final = 32 * KIB
+"""A frame on a control stream, and one that answers a question: the largest honest ones (HAVE, LEASE) need 21 KiB."""
+MAX_QUESTION_FRAME_BYTES: Final = 16 * KIB
+"""The frame that opens a request stream: 256 piece ids need 9 KiB."""
+MEMBER_WINDOW_BYTES: Final = 48 * KIB
+"""Unread bytes a proven peer may have towards us beyond the answers we asked it for."""
+MEMBER_STREAM_WINDOW_BYTES: Final = 16 * KIB
+DEFAULT_MAX_PIECE_BYTES: Final = 4 * MIB
+"""A request whose manifest is not known yet accepts pieces up to this; its window is two of them."""
+MAX_CRYPTO_BYTES: Final = 16 * KIB
+"""TLS bytes a peer may send in one packet space, counted from the first: a far offset costs nothing."""
+MAX_CONNECTIONS_PER_KEY: Final = 4
+"""More of one member close its oldest: a device that was killed comes back before its last session timed out."""
+QUIC_IDLE_TIMEOUT_S: Final = 30.0
+STALL_TIMEOUT_S: Final = 15.0
+"""A stream on which nothing moves for so long is given up; anything that moves starts it again."""
+SEND_BACKLOG_BYTES: Final = 256 * KIB
+"""Unacknowledged bytes a stream's writer may leave before it waits, besides the piece it is writing."""
 MAX_LEASE_PIECES: Final = 256
 MAX_MANIFESTS_PER_CONNECTION: Final = 16
 """Manifests one peer may announce bitfields for."""
@@ -69,6 +89,27 @@ MAX_STATE_BYTES: Final = 16 * KIB
 MAX_REPORT_BYTES: Final = 4 * KIB
 MAX_PROGRESS_BYTES: Final = 1 * KIB
 MAX_OUTBOX_REPORTS: Final = 1000
+MAX_TOPIC_BYTES: Final = 256
+MAX_PRESENCE_BYTES: Final = 4 * KIB
+MAX_COMMAND_BYTES: Final = 8 * KIB
+MAX_STATE_BUNDLES: Final = 48
+"""Bundles one state names; a device that holds more says how many it left out."""
+MAX_PEERS_TOLD: Final = 32
+MAX_ACKED_REPORTS: Final = 256
+MIN_REPORT_INTERVAL_S: Final = 1
+MAX_REPORT_INTERVAL_S: Final = 3600
+MAX_COMMAND_LIFETIME_S: Final = 30 * 86_400
+MAX_MQTT_QUEUED_MESSAGES: Final = 1000
+MAX_MQTT_QUEUED_BYTES: Final = 4 * MIB
+"""What waits for one slow reader, on either side of a broker."""
+MAX_MQTT_SUBSCRIPTIONS: Final = 32
+MAX_MQTT_CLIENTS: Final = 2000
+MAX_MQTT_UNPROVEN: Final = 64
+"""Connections that have not finished TLS and CONNECT."""
+MAX_MQTT_UNPROVEN_PER_ADDRESS: Final = 32
+MQTT_UNPROVEN_TIMEOUT_S: Final = 10.0
+MAX_MQTT_KEEPALIVE_S: Final = 600
+MAX_MQTT_RETAINED: Final = 20_000
 
 # --- discovery -----------------------------------------------------------------------------------------------------
 MAX_PEER_CANDIDATES: Final = 64
