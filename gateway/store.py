@@ -32,7 +32,10 @@ BUSY_TIMEOUT_S: Final = 10.0
 MAX_EVENT_DATA_BYTES: Final = 16 * 1024
 """Largest ``data`` of one event: a device's report is capped far below it."""
 
-MIGRATIONS: Final[tuple[str, ...]] = ("gateway.migrations",)
+MIGRATIONS: Final[tuple[str, ...]] = (
+    "gateway.migrations",
+    "gateway.packs",
+)
 """Modules that own tables, in the order their ``migrations`` set is applied."""
 
 
