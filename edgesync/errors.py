@@ -7,6 +7,7 @@
     ├─ ConfigError                exit 78   fix the file (or join first)
     ├─ NotFoundError              exit 6    name something that exists
     ├─ ConflictError              exit 1    what is there already contradicts the request
+    ├─ InputError                 exit 1    change what is to be published
     ├─ WaitTimeoutError           exit 4    wait longer
     ├─ ProtocolError              exit 1    drop the peer; carries the code sent on close
     │   ├─ MalformedMessageError
@@ -88,6 +89,10 @@ class NotFoundError(EdgeSyncError):
 
 
 class ConflictError(EdgeSyncError):
+    pass
+
+
+class InputError(EdgeSyncError):
     pass
 
 

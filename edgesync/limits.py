@@ -22,6 +22,8 @@ MIN_PIECE_AVERAGE_BYTES: Final = 64 * KIB
 MAX_PATH_BYTES: Final = 4096
 MAX_COMPONENT_BYTES: Final = 255
 MAX_SYMLINK_BYTES: Final = 4096
+MAX_IGNORE_FILE_BYTES: Final = 1 * MIB
+"""An ``.edgesyncignore``: each of its lines is tried on each path."""
 MAX_ZSTD_WINDOW_LOG: Final = 21
 """A frame that wants a larger window is refused: the decoder would allocate it."""
 

@@ -319,14 +319,17 @@ def _check_links(manifest: Manifest) -> None:
     links = {entry.path: entry.target for entry in manifest.symlinks}
     for path, target in links.items():
         check_symlink(path, target)
-        if _resolves_outside(path, target, links):
+        if resolves_outside(path, target, links):
             raise UnsafePathError(
                 f"symlink {path!a} points outside the bundle through another link, or in a circle"
             )
 
 
-def _resolves_outside(path: str, target: str, links: dict[str, str]) -> bool:
-    """Follow links as a kernel would, in the tree alone; True when the walk leaves it or takes over 40 links."""
+def resolves_outside(path: str, target: str, links: dict[str, str]) -> bool:
+    """Follow links as a kernel would, in the tree alone; True when the walk leaves it or takes over 40 links.
+
+    ``links`` is every symlink of the tree, path to target.
+    """
     here = path.split("/")[:-1]
     todo = target.split("/")[::-1]
     followed = 0
@@ -387,5 +390,6 @@ __all__ = [
     "file_sha256",
     "fold",
     "parse",
+    "resolves_outside",
     "short",
 ]
