@@ -55,9 +55,9 @@ def choose(data: Path | None) -> tuple[Path, Role]:
                 "or name one with --data"
             )
         data = found[0]
-    from edgesync.storage import datadir
+    from edgesync.storage.datadir import DataDir
 
-    role = datadir.role_of(data)
+    role = DataDir.open(data).role
     for entry in entry_points(group="edgesync.roles", name=role):
         return data, cast("Role", entry.load())
     raise ConfigError(f"{data} belongs to a role this installation does not have: {role}")

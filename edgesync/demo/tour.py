@@ -141,8 +141,11 @@ def _act_four(fleet: Fleet, rate: int, say: Say) -> None:
     published = publish(fleet, target, "1", name=TAMPERED)
     with fleet.log_file("intruder").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edgesync.testing.hostile_member", "--data", str(intruder.data)]
-            + ["--bundle", str(published["id"]), "--interface", "127.0.0.1"],
+            [
+                *(sys.executable, "-m", "edgesync.testing.hostile_member"),
+                *("--data", str(intruder.data), "--bundle", str(published["id"])),
+                *("--interface", "127.0.0.1"),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

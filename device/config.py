@@ -1,0 +1,44 @@
+"""Settings of the agent: what ``agent.toml``, the environment and the flags of `edgesync agent run` may say."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from edgesync.config import HostPort, boolean, host_port, parse_rate, setting
+
+QUIC_PORT = 7443
+
+
+def _interface(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9.:%_-]{0,64}", value):
+        raise ValueError(f"{value!a} is not an interface name or an address")
+    return value
+
+
+def _optional_host_port(value: Any) -> HostPort | None:
+    if value is None or value == "":
+        return None
+    parsed: HostPort = host_port(QUIC_PORT, any_host=False)(value)
+    return parsed
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    listen_quic: HostPort = setting(
+        HostPort("", 0),
+        host_port(0),
+        "Where peers reach this device over QUIC (UDP); port 0 takes any.",
+    )
+    interface: str = setting(
+        "", _interface, "Find peers on this interface (name or address) only; empty: on all."
+    )
+    gateway_quic: HostPort | None = setting(
+        None,
+        _optional_host_port,
+        "Reach the gateway's QUIC port here instead of where it says (NAT, relay); empty: as it says.",
+    )
+    mdns: bool = setting(True, boolean, "Announce this device and find peers by mDNS.")
+    upload_limit: int = setting(
+        0, parse_rate, "Most bytes per second sent to peers, such as 500kB or 4MiB; 0: no limit."
+    )
+    download_limit: int = setting(0, parse_rate, "Most bytes per second fetched; 0: no limit.")

@@ -1,0 +1,136 @@
+"""The agent's local socket: answers `agent status`, `agent sync` and `get` from processes of this machine.
+
+The socket is 0660; besides its mode, the kernel's word on who asks is checked: root, the agent's own user, or a member
+of the socket's group. It decides nothing about bundles: operations are functions handed in by the agent. A request is
+one line of at most MAX_REQUEST_BYTES; at most MAX_CLIENTS ask at a time.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from edgesync.errors import EdgeSyncError, ExitCode
+from edgesync.io import control
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 4096
+MAX_CLIENTS = 16
+REQUEST_TIMEOUT_S = 10.0
+
+Answer = dict[str, Any]
+Operation = Callable[[dict[str, Any]], AsyncIterator[Answer | bytes]]
+"""Yields answer objects; bytes after an object with ``"stream": true`` travel raw."""
+
+
+class ControlServer:
+    def __init__(self, data: Path, operations: dict[str, Operation]) -> None:
+        self._data = data
+        self._operations = operations
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_unix_server(
+            self._accept, sock=_bind(self._data), limit=MAX_REQUEST_BYTES
+        )
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._clients):
+            task.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+        (self._data / control.SOCKET_NAME).unlink(missing_ok=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if len(self._clients) > MAX_CLIENTS:
+                await _answer(
+                    writer, {"error": "the agent answers too many already: try again", "exit": 1}
+                )
+                return
+            sock = writer.get_extra_info("socket")
+            if not _may_ask(sock, self._data):
+                await _answer(
+                    writer,
+                    {"error": "this user may not ask the agent: join group edgesync", "exit": 1},
+                )
+                return
+            await self._perform(reader, writer)
+        except (ConnectionError, TimeoutError, asyncio.LimitOverrunError, ValueError) as exc:
+            logger.debug("local request ended: %s", exc)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _perform(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await asyncio.wait_for(reader.readline(), REQUEST_TIMEOUT_S)
+        request = json.loads(line)
+        name = str(request.get("op")) if isinstance(request, dict) else ""
+        operation = self._operations.get(name)
+        if operation is None:
+            await _answer(writer, {"error": f"the agent has no operation {name!a}", "exit": 2})
+            return
+        try:
+            async for answer in operation(request):
+                if isinstance(answer, bytes):
+                    writer.write(answer)
+                    await writer.drain()
+                else:
+                    await _answer(writer, answer)
+        except EdgeSyncError as exc:
+            await _answer(writer, {"error": str(exc), "exit": int(exc.exit_code)})
+        except OSError as exc:
+            if isinstance(exc, ConnectionError):
+                raise
+            await _answer(writer, {"error": str(exc), "exit": int(ExitCode.FAILURE)})
+
+
+def _bind(data: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with control.address(data) as name:
+        Path(name).unlink(missing_ok=True)
+        # Nobody can connect between bind and chmod: the mode is right from the first moment.
+        before = os.umask(0o117)
+        try:
+            sock.bind(name)
+        finally:
+            os.umask(before)
+    return sock
+
+
+async def _answer(writer: asyncio.StreamWriter, answer: Answer) -> None:
+    writer.write(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+    await writer.drain()
+
+
+def _may_ask(sock: socket.socket, data: Path) -> bool:
+    """Whether the kernel says that the other end is root, our user or in the group of the socket file."""
+    size = struct.calcsize("3i")
+    pid, uid, gid = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    )
+    if uid in {0, os.geteuid()}:
+        return True
+    group = (data / control.SOCKET_NAME).stat().st_gid
+    if gid == group:
+        return True
+    with contextlib.suppress(OSError), Path(f"/proc/{pid}/status").open() as file:
+        for line in file:
+            if line.startswith("Groups:"):
+                return str(group) in line.split()[1:]
+    return False
