@@ -1,0 +1,548 @@
+"""One lasting link to an MQTT broker: connects, connects again, and never makes its caller wait for a dead broker.
+
+What it hides of aiomqtt and paho: they acknowledge a message before the program sees it and drop it when their queue
+is full (here: the newest per retained topic is kept, and what had to go is asked for again); they do not reconnect;
+``publish`` hangs while a broker dies; a packet of 256 MB is read to the end. What it does not do: decide, sign, verify,
+store. The broker is a courier: what must arrive is acknowledged by the other end, not by the broker.
+
+Invariants:
+
+* the broker is authenticated by the public key of its certificate, never by chain or name; over ``mqtt://`` it is not
+  authenticated at all, which is allowed on loopback only;
+* every wait has an end: connecting, publishing, subscribing, closing;
+* sessions are clean: each connect subscribes again, then calls ``on_connect``, which says everything again.
+
+Called by ``device.agent`` and ``gateway.daemon``; one instance per event loop task.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import random
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import aiomqtt
+from paho.mqtt.client import Client as PahoClient
+
+from edgesync import limits
+from edgesync.errors import EdgeSyncError, ProtocolError
+from edgesync.identity import Identity, certificate_key
+from edgesync.ids import PeerKey
+from edgesync.io.broker_url import BrokerAddress, parse_broker_url
+from edgesync.wire.topics import Kind, Topic, check_size, parse
+
+logger = logging.getLogger(__name__)
+
+# The packet cap and closing after a failed connect reach below paho's public surface: fail at import, not in the field.
+for _name in ("_sock_recv", "_sock_close"):
+    if not hasattr(PahoClient, _name):
+        raise ImportError(f"paho-mqtt no longer has {_name}, which edgesync.io.mqtt relies on")
+
+FIFO_KINDS = frozenset({Kind.CMD, Kind.REPORT, Kind.RSP, Kind.AGGREGATE})
+"""Each of these counts; of every other kind only the newest per topic does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """Times in seconds. The defaults suit a fleet; tests and the demo use shorter ones."""
+
+    min_backoff_s: float = 1.0
+    max_backoff_s: float = 300.0
+    """The wait after the n-th failure is uniform in (0, min(max, min * 2^n)): a fleet does not return as one."""
+    settled_s: float = 30.0
+    """A connection that lived this long starts the back-off anew."""
+    keepalive_s: int = 60
+    connect_timeout_s: float = 10.0
+    publish_timeout_s: float = 20.0
+    """A broker that acknowledges nothing for so long is taken for dead: the link connects again."""
+    max_queued_messages: int = limits.MAX_MQTT_QUEUED_MESSAGES
+    max_queued_bytes: int = limits.MAX_MQTT_QUEUED_BYTES
+    max_publishing: int = 32
+
+
+@dataclass(frozen=True)
+class Will:
+    """What the broker says for us when we are gone without a goodbye."""
+
+    topic: str
+    payload: bytes
+    retain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One message, within the size cap of its topic; nothing in it is verified yet."""
+
+    topic: Topic
+    payload: bytes
+    retained: bool
+
+
+class Published(Enum):
+    """What became of a message. Only SENT means that the broker has it, and not that it will keep it."""
+
+    SENT = "sent"
+    NOT_CONNECTED = "not connected"
+    LOST = "connection lost"
+    TIMED_OUT = "timed out"
+
+    def __bool__(self) -> bool:
+        return self is Published.SENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkStatus:
+    """What a status screen prints."""
+
+    connected: bool
+    broker: str
+    last_error: str
+    """Empty while connected."""
+    last_connected: float | None
+    """Unix time of the last moment the link was known to be up."""
+    retry_in_s: float | None
+    queued: int
+    dropped: int
+
+
+def load_identity(context: ssl.SSLContext, identity: Identity) -> None:
+    """Make TLS show this certificate. OpenSSL takes files only; these never touch a disk."""
+    certificate, key = os.memfd_create("certificate"), os.memfd_create("key")
+    try:
+        os.write(certificate, identity.certificate_pem())
+        os.write(key, identity.key_pem())
+        context.load_cert_chain(f"/proc/self/fd/{certificate}", f"/proc/self/fd/{key}")
+    finally:
+        os.close(certificate)
+        os.close(key)
+
+
+def client_context(
+    identity: Identity,
+    allowed_keys: Callable[[], Collection[PeerKey]],
+    *,
+    handshake_timeout_s: float = 10.0,
+) -> ssl.SSLContext:
+    """TLS 1.3 with our certificate, towards a server whose certificate holds one of the allowed public keys.
+
+    OpenSSL proves that the server has the private half; chain, name and dates are not looked at.
+    """
+
+    class PinnedSocket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            self.settimeout(handshake_timeout_s)
+            super().do_handshake(block)
+            presented = self.getpeercert(binary_form=True)
+            try:
+                key = certificate_key(presented) if presented else None
+            except (EdgeSyncError, ValueError):
+                key = None
+            if key is None or key not in allowed_keys():
+                raise ssl.SSLCertVerificationError(
+                    "the broker shows a key that no gateway of this fleet has"
+                )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.sslsocket_class = PinnedSocket
+    load_identity(context, identity)
+    return context
+
+
+class Inbox:
+    """Bounded queue of what arrived. Of a latest-wins topic only the newest waits; an overflow is remembered."""
+
+    def __init__(self, *, max_messages: int, max_bytes: int) -> None:
+        self.max_messages = max_messages
+        self.max_bytes = max_bytes
+        self.dropped = 0
+        self.missed_retained = False
+        self._waiting: OrderedDict[tuple[str, int], Incoming] = OrderedDict()
+        self._bytes = 0
+        self._counter = 0
+        self._filled = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, message: Incoming) -> bool:
+        """False: there was no room, and the message is gone."""
+        key = (str(message.topic), 0)
+        if message.topic.kind in FIFO_KINDS:
+            self._counter += 1
+            key = (key[0], self._counter)
+        old = self._waiting.get(key)
+        size = self._bytes + len(message.payload) - (len(old.payload) if old else 0)
+        if size > self.max_bytes or (old is None and len(self._waiting) >= self.max_messages):
+            self.dropped += 1
+            self.missed_retained |= message.topic.policy.retain
+            return False
+        self._waiting[key] = message
+        self._bytes = size
+        self._filled.set()
+        return True
+
+    async def get(self) -> Incoming:
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        _, message = self._waiting.popitem(last=False)
+        self._bytes -= len(message.payload)
+        return message
+
+
+class _Intake:
+    """Stands where aiomqtt wants a queue, and hands each message straight to the link."""
+
+    def __init__(self, deliver: Callable[[aiomqtt.Message], None]) -> None:
+        self._deliver = deliver
+
+    def put_nowait(self, message: aiomqtt.Message) -> None:
+        self._deliver(message)
+
+    async def get(self) -> aiomqtt.Message:
+        """Never returns: whoever iterates over aiomqtt's messages only learns when the connection ends."""
+        never: asyncio.Future[aiomqtt.Message] = asyncio.get_running_loop().create_future()
+        return await never
+
+
+class MqttLink:
+    """Run ``run()`` as a task for as long as the link is wanted; cancelling it says goodbye to the broker."""
+
+    def __init__(
+        self,
+        *,
+        client_id: str,
+        brokers: Callable[[], Sequence[str]],
+        identity: Identity | None,
+        allowed_keys: Callable[[], Collection[PeerKey]],
+        subscriptions: Callable[[], Sequence[tuple[str, int]]],
+        will: Callable[[], Will | None] = lambda: None,
+        on_connect: Callable[[], Awaitable[None]] | None = None,
+        config: LinkConfig | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Everything that may change is a callable and is asked at each connect.
+
+        ``brokers`` are URLs, tried in turn. ``identity`` may be None where every broker is ``mqtt://``. ``will`` is
+        asked before each attempt, so that it can carry a new epoch. ``on_connect`` runs after the subscriptions stand
+        and may publish; the link is torn down when it raises.
+        """
+        self.client_id = client_id
+        self.config = config or LinkConfig()
+        self.inbox = Inbox(
+            max_messages=self.config.max_queued_messages, max_bytes=self.config.max_queued_bytes
+        )
+        self.refused = 0
+        """Messages that were no message of this protocol or larger than their topic allows."""
+        self._brokers = brokers
+        self._subscriptions = subscriptions
+        self._will = will
+        self._on_connect = on_connect
+        self._rng = rng or random.SystemRandom()
+        self._tls = (
+            client_context(
+                identity, allowed_keys, handshake_timeout_s=self.config.connect_timeout_s
+            )
+            if identity
+            else None
+        )
+        self._client: aiomqtt.Client | None = None
+        self._lost: asyncio.Future[None] | None = None
+        self._up = asyncio.Event()
+        self._kick = asyncio.Event()
+        self._slots = asyncio.Semaphore(self.config.max_publishing)
+        self._broker = ""
+        self._last_error = "not tried yet"
+        self._last_connected: float | None = None
+        self._retry_at: float | None = None
+        self._resubscribing: asyncio.Task[None] | None = None
+
+    # --- what others see ---------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether subscriptions stand on a live connection."""
+        return self._up.is_set()
+
+    @property
+    def last_error(self) -> str:
+        """Why the link is down, one sentence; empty while it is up."""
+        return "" if self.connected else self._last_error
+
+    async def wait_connected(self) -> None:
+        await self._up.wait()
+
+    def status(self) -> LinkStatus:
+        if self.connected:
+            self._last_connected = time.time()
+        retry = self._retry_at
+        return LinkStatus(
+            connected=self.connected,
+            broker=self._broker,
+            last_error=self.last_error,
+            last_connected=self._last_connected,
+            retry_in_s=None if retry is None else max(0.0, retry - time.monotonic()),
+            queued=len(self.inbox),
+            dropped=self.inbox.dropped + self.refused,
+        )
+
+    async def messages(self) -> AsyncIterator[Incoming]:
+        """Everything that arrives, across reconnects. One consumer."""
+        while True:
+            yield await self.inbox.get()
+            if not self.inbox and self.inbox.missed_retained:
+                self._ask_again()
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool = False,
+        timeout_s: float | None = None,
+    ) -> Published:
+        """Hand one message to the broker; for QoS 1 wait until it has it. Never raises for a broker's sake.
+
+        Raises LimitExceededError, MalformedMessageError: we would break our own protocol.
+        """
+        check_size(parse(topic), payload)
+        client, lost = self._client, self._lost
+        if client is None or lost is None:
+            return Published.NOT_CONNECTED
+        timeout = self.config.publish_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout
+        try:
+            await asyncio.wait_for(self._slots.acquire(), timeout)
+        except TimeoutError:
+            return Published.TIMED_OUT
+        try:
+            sending = asyncio.ensure_future(
+                client.publish(topic, payload, qos=qos, retain=retain, timeout=math.inf)
+            )
+            try:
+                await asyncio.wait(
+                    {sending, lost},
+                    timeout=max(0.0, deadline - time.monotonic()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                if not sending.done():
+                    sending.cancel()
+                    await asyncio.wait({sending})
+            if not sending.cancelled():
+                return Published.LOST if sending.exception() else Published.SENT
+            if lost.done():
+                return Published.LOST
+            if timeout >= self.config.publish_timeout_s:
+                self._lose(f"{self._broker} acknowledged nothing for {timeout:.0f} s")
+            return Published.TIMED_OUT
+        finally:
+            self._slots.release()
+
+    def kick(self) -> None:
+        """Try now: something changed (an interface came up, the list of brokers is new)."""
+        self._kick.set()
+
+    def reconnect(self, reason: str) -> None:
+        """Give up the present connection: who the broker may be has changed."""
+        self._lose(reason)
+        self.kick()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled. Returns never otherwise."""
+        failures = 0
+        turn = 0
+        while True:
+            self._kick.clear()
+            began = time.monotonic()
+            urls = self._brokers()
+            if urls:
+                self._last_error = await self._one_connection(urls[turn % len(urls)])
+            else:
+                self._last_error = "no broker is known yet"
+            turn += 1
+            logger.info("mqtt: %s", self._last_error)
+            failures = 0 if time.monotonic() - began >= self.config.settled_s else failures + 1
+            ceiling = min(
+                self.config.max_backoff_s, self.config.min_backoff_s * 2.0 ** min(failures, 20)
+            )
+            delay = self._rng.uniform(0, ceiling)
+            self._retry_at = time.monotonic() + delay
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._kick.wait(), delay)
+            self._retry_at = None
+
+    async def _one_connection(self, url: str) -> str:
+        """Connect, serve until it ends; returns why it ended."""
+        try:
+            broker = parse_broker_url(url)
+        except EdgeSyncError as exc:
+            return str(exc)
+        self._broker = str(broker)
+        try:
+            client = self._make_client(broker)
+        except EdgeSyncError as exc:
+            return str(exc)
+        self._lost = asyncio.get_running_loop().create_future()
+        try:
+            try:
+                async with asyncio.timeout(2 * self.config.connect_timeout_s):
+                    await client.__aenter__()
+            except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
+                return f"{broker} cannot be reached: {_reason(exc)}"
+            self._client = client
+            await self._serve(client)
+        except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
+            return f"connection to {broker} lost: {_reason(exc)}"
+        except EdgeSyncError as exc:
+            return f"connection to {broker} given up: {exc}"
+        else:
+            return f"connection to {broker} given up: {self._last_error}"
+        finally:
+            if self._up.is_set():
+                self._last_connected = time.time()
+            self._up.clear()
+            self._client = None
+            if not self._lost.done():
+                self._lost.set_result(None)
+            if self._resubscribing:
+                self._resubscribing.cancel()
+            await self._close(client)
+
+    async def _serve(self, client: aiomqtt.Client) -> None:
+        """Returns when the link gives up; raises MqttError when the connection ends."""
+        assert self._lost is not None
+        watching = asyncio.ensure_future(_until_lost(client))
+        preparing = asyncio.ensure_future(self._prepare(client))
+        given_up = self._lost
+        try:
+            await asyncio.wait({watching, preparing, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if preparing.done():
+                preparing.result()
+                await asyncio.wait({watching, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+        finally:
+            for task in (watching, preparing):
+                task.cancel()
+            await asyncio.gather(watching, preparing, return_exceptions=True)
+
+    async def _prepare(self, client: aiomqtt.Client) -> None:
+        self.inbox.missed_retained = False
+        await self._subscribe(client)
+        self._last_connected = time.time()
+        self._up.set()
+        logger.info("mqtt: connected to %s", self._broker)
+        if self._on_connect:
+            await self._on_connect()
+
+    async def _subscribe(self, client: aiomqtt.Client) -> None:
+        wanted = list(self._subscriptions())
+        if not wanted:
+            return
+        granted = await client.subscribe(wanted, timeout=self.config.connect_timeout_s)
+        codes = [code if isinstance(code, int) else code.value for code in granted]
+        for (topic, _), code in zip(wanted, codes, strict=False):
+            if code >= 0x80:
+                raise aiomqtt.MqttError(f"the broker does not let us read {topic}")
+
+    def _make_client(self, broker: BrokerAddress) -> aiomqtt.Client:
+        will = self._will()
+        if will:
+            check_size(parse(will.topic), will.payload)
+        if broker.tls and self._tls is None:
+            raise ProtocolError("this machine has no certificate to show to a broker")
+        client = aiomqtt.Client(
+            broker.host,
+            broker.port,
+            identifier=self.client_id,
+            logger=logger,
+            queue_type=cast("Any", lambda maxsize: _Intake(self._deliver)),  # noqa: ARG005  aiomqtt's call
+            will=aiomqtt.Will(will.topic, will.payload, 1, will.retain) if will else None,
+            clean_session=True,
+            timeout=self.config.connect_timeout_s,
+            keepalive=self.config.keepalive_s,
+            max_inflight_messages=self.config.max_publishing,
+            tls_context=self._tls if broker.tls else None,
+        )
+        client.pending_calls_threshold = 2 * self.config.max_publishing
+        paho = client._client  # noqa: SLF001  see the check at import
+        paho.connect_timeout = self.config.connect_timeout_s
+        receive = paho._sock_recv  # noqa: SLF001
+
+        def receive_capped(bufsize: int) -> bytes:
+            if bufsize > limits.MAX_MQTT_PACKET_BYTES:
+                raise ConnectionAbortedError(f"the broker sends a packet of {bufsize} bytes")
+            return receive(bufsize)
+
+        paho._sock_recv = receive_capped  # type: ignore[method-assign]  # noqa: SLF001
+        return client
+
+    def _deliver(self, message: aiomqtt.Message) -> None:
+        try:
+            topic = parse(str(message.topic))
+            payload = message.payload if isinstance(message.payload, bytes) else b""
+            check_size(topic, payload)
+        except EdgeSyncError as exc:
+            self.refused += 1
+            logger.debug("mqtt: refused: %s", exc)
+            return
+        if not self.inbox.put(Incoming(topic, payload, bool(message.retain))):
+            logger.debug("mqtt: no room for %s", topic)
+
+    def _ask_again(self) -> None:
+        """Subscribe again, which makes the broker repeat what it retains."""
+        self.inbox.missed_retained = False
+        client = self._client
+        if client is not None and (self._resubscribing is None or self._resubscribing.done()):
+            self._resubscribing = asyncio.ensure_future(self._subscribe_again(client))
+
+    async def _subscribe_again(self, client: aiomqtt.Client) -> None:
+        try:
+            await self._subscribe(client)
+        except (aiomqtt.MqttError, OSError) as exc:
+            self._lose(_reason(exc))
+
+    def _lose(self, reason: str) -> None:
+        self._last_error = reason
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
+
+    async def _close(self, client: aiomqtt.Client) -> None:
+        """Say goodbye if anyone listens, and leave no socket behind in any case."""
+        with contextlib.suppress(aiomqtt.MqttError, OSError, TimeoutError):
+            async with asyncio.timeout(2.0):
+                if client._connected.done() and not client._disconnected.done():  # noqa: SLF001
+                    await client.__aexit__(None, None, None)
+        paho = client._client  # noqa: SLF001
+        with contextlib.suppress(OSError, ValueError):
+            paho._sock_close()  # noqa: SLF001
+
+
+async def _until_lost(client: aiomqtt.Client) -> None:
+    """Raises MqttError when the connection ends."""
+    async for _ in client.messages:
+        pass
+
+
+def _reason(exc: BaseException) -> str:
+    """One short clause, without paho's decoration."""
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    cause = exc.__cause__
+    text = str(cause if cause and str(cause) else exc) or type(exc).__name__
+    return text.removeprefix("[Errno 111] ").strip()
