@@ -1,0 +1,82 @@
+"""Two endpoints in one process, over loopback."""
+
+import hashlib
+import os
+
+import pytest
+
+from edgesync.errors import NotAuthorizedError, NotFoundError
+from edgesync.ids import Digest, PieceId
+from edgesync.testing.transport import TestFleet, gathered
+from edgesync.wire.messages import Interested, Join, Joined
+
+MANIFEST = Digest("ab" * 32)
+
+
+async def test_both_sides_ask_for_pieces_on_one_connection() -> None:
+    async with TestFleet() as fleet:
+        left, right = await fleet.device("left"), await fleet.device("right")
+        ids = [left.shelf.put(os.urandom(70_000)) for _ in range(20)]
+        more = [right.shelf.put(os.urandom(1000)) for _ in range(5)]
+        conn = await left.connect(right)
+        back = await right.handler.next_connection()
+        got = await gathered(back.request(MANIFEST, ids))
+        assert {hashlib.sha256(a.data).digest() for a in got} == set(ids)
+        got = await gathered(conn.request(MANIFEST, [*more, PieceId(bytes(32))]))
+        assert {a.piece for a in got if a.missing is None} == set(more)
+        assert [a.missing for a in got if a.missing] == ["not_held"]
+        assert conn.peer.id == "right"
+        assert back.peer.id == "left"
+        assert conn.dialed
+        assert not back.dialed
+        assert back.listen_port == left.endpoint.port
+
+
+async def test_messages_and_blobs() -> None:
+    async with TestFleet() as fleet:
+        left, gateway = await fleet.device("left"), await fleet.gateway("hub")
+        blob = os.urandom(3_000_000)
+        gateway.handler.blobs["timestamp"] = blob
+        conn = await left.connect(gateway)
+        assert conn.peer.role == "gateway"
+        await conn.send(Interested(manifest=bytes(32)))
+        assert await gateway.handler.next_message() == Interested(manifest=bytes(32))
+        assert await conn.fetch("timestamp", 4_000_000) == blob
+        with pytest.raises(NotFoundError):
+            await conn.fetch("root/7", 1000)
+
+
+async def test_a_stranger_joins() -> None:
+    async with TestFleet() as fleet:
+        gateway = await fleet.gateway("hub")
+        joiner = await fleet.stranger("new")
+        gateway.handler.blobs["root/1"] = b"root"
+        gateway.handler.joins = lambda join: Joined(
+            state="accepted", device_id=join.device_id, gateway_id="hub", region="r", root_version=1
+        )
+        conn = await joiner.endpoint.join(
+            ("127.0.0.1", gateway.endpoint.port), expected_key=gateway.identity.key
+        )
+        assert conn.server_certificate_sha256 == gateway.endpoint.certificate_sha256
+        answer = await conn.ask(
+            Join(
+                token_id="abcdefgh",
+                secret=bytes(16),
+                public_key=joiner.identity.public_raw,
+                signature=bytes(64),
+                device_id="new",
+            )
+        )
+        assert isinstance(answer, Joined)
+        assert await conn.fetch("root/1", 100) == b"root"
+        await conn.close()
+
+
+async def test_a_stranger_is_no_member() -> None:
+    async with TestFleet() as fleet:
+        left, stranger = await fleet.device("left"), await fleet.stranger("mallory")
+        with pytest.raises(NotAuthorizedError):
+            await stranger.connect(left)
+        with pytest.raises(NotAuthorizedError):
+            await left.connect(stranger)
+        assert not left.endpoint.connections
