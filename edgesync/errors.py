@@ -8,6 +8,7 @@
     ├─ NotFoundError              exit 6    name something that exists
     ├─ ConflictError              exit 1    what is there already contradicts the request
     ├─ InputError                 exit 1    change what is to be published
+    ├─ RolloutFailedError         exit 3    see which devices failed, and why
     ├─ WaitTimeoutError           exit 4    wait longer
     ├─ ProtocolError              exit 1    drop the peer; carries the code sent on close
     │   ├─ MalformedMessageError
@@ -29,6 +30,7 @@
     ├─ StorageError               exit 1    stop, tell the operator
     │   ├─ DiskFullError
     │   ├─ StateCorruptError
+    │   ├─ TreeDamagedError       fetch the lost pieces again
     │   └─ FsyncFailedError
     └─ InstallError               exit 1    roll back
         └─ HookFailedError
@@ -94,6 +96,10 @@ class ConflictError(EdgeSyncError):
 
 class InputError(EdgeSyncError):
     pass
+
+
+class RolloutFailedError(EdgeSyncError):
+    exit_code = ExitCode.ROLLOUT_FAILED
 
 
 class WaitTimeoutError(EdgeSyncError):
@@ -179,6 +185,10 @@ class DiskFullError(StorageError):
 
 
 class StateCorruptError(StorageError):
+    pass
+
+
+class TreeDamagedError(StorageError):
     pass
 
 

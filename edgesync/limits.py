@@ -39,6 +39,10 @@ MAX_ASSIGNMENT_SET_BYTES: Final = 64 * KIB
 MAX_ASSIGNMENT_ENTRIES: Final = 64
 MAX_ENVELOPE_BYTES: Final = 128 * KIB
 MAX_CERTIFICATE_BYTES: Final = 2 * KIB
+MAX_REGIONS_BYTES: Final = 256 * KIB
+MAX_REGIONS: Final = 256
+MAX_GATEWAYS_PER_REGION: Final = 16
+MAX_BUNDLE_HARDWARE: Final = 64
 MAX_CLOCK_AHEAD_S: Final = 400 * 86_400
 """A system clock further ahead of the signed floor than this is not believed."""
 
