@@ -1,0 +1,546 @@
+"""The daemon on a device: opens the stores, connects the shells to each other, and stops cleanly.
+
+It decides nothing: what may be installed is in ``device.installer``, what is fetched from whom in the cores, what is
+believed in ``edgesync.trust``. It starts without network, broker or gateway, and reaches them when they are there.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from device import joining, role, status, streaming
+from device.bundle_store import BundleStore
+from device.config import AgentSettings
+from device.control import Answer, ControlServer
+from device.discovery import Discovery
+from device.executions import Execution, Executions
+from device.installer import Installer
+from device.joining import Membership
+from device.metadata import Metadata
+from device.outbox import Outbox
+from device.state import StateDatabase
+from device.swarm import Swarm
+from device.telemetry import Telemetry
+from device.trust_store import TrustStore
+from edgesync import __version__, config
+from edgesync.cli.errors import run as run_command
+from edgesync.errors import ConfigError, EdgeSyncError, NotAuthorizedError, StorageError
+from edgesync.ids import Digest, PeerKey
+from edgesync.io import systemd
+from edgesync.io.mqtt import LinkConfig
+from edgesync.storage import datadir
+from edgesync.storage.datadir import DataDir
+from edgesync.transport.endpoint import Endpoint, EndpointConfig
+from edgesync.wire import mqtt
+
+logger = logging.getLogger(__name__)
+
+PENDING_RETRY_S = 10.0
+METADATA_INTERVAL_S = 15 * 60.0
+"""How often metadata is asked for where no broker brings it."""
+COALESCE_S = 0.1
+LOOP_LAG_LIMIT_S = 10.0
+T = TypeVar("T")
+
+
+class Agent:
+    def __init__(self, data: DataDir, settings: AgentSettings) -> None:
+        self._data = data
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._timestamp: bytes | None = None
+        self._metadata_due = asyncio.Event()
+        self._started = time.time()
+        self._notes: dict[str, str] = {}
+        self._pending = False
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT. Raises EdgeSyncError: it cannot start, and why."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        self._identity = joining.load_or_make_identity(self._data)
+        self._member = Membership.load(self._data)
+        async with contextlib.AsyncExitStack() as stack:
+            await self._open_stores(stack)
+            control = ControlServer(
+                self._data.path,
+                {
+                    "status": self._op_status,
+                    "get": self._op_get,
+                    "bundle_list": self._op_bundles,
+                    "bundle_show": self._op_bundles,
+                    "bundle_verify": self._op_bundles,
+                    "bundle_remove": self._op_bundles,
+                },
+            )
+            await self._wait_accepted(stack, control)
+            if self._stopping.is_set():
+                return
+            await self._serve(stack, control)
+
+    # --- starting ---------------------------------------------------------------------------------------------------
+    async def _open_stores(self, stack: contextlib.AsyncExitStack) -> None:
+        in_thread = asyncio.to_thread
+        self._trust_store = await in_thread(TrustStore.open, self._data.path)
+        stack.callback(self._trust_store.close)
+        self._state = await in_thread(StateDatabase.open, self._data.state_database)
+        stack.callback(self._state.close)
+        self._store = await in_thread(
+            functools.partial(BundleStore.open, self._data.path, self._state, on_lost=self._lost)
+        )
+        stack.callback(self._store.close)
+        self._executions = Executions(self._state)
+        self._outbox = Outbox(self._state)
+
+    async def _wait_accepted(
+        self, stack: contextlib.AsyncExitStack, control: ControlServer
+    ) -> None:
+        """While the operator has not accepted this device, ask again; the socket answers meanwhile."""
+        if self._member.state == "accepted":
+            return
+        self._pending = True
+        await control.start()
+        systemd.notify("READY=1", "STATUS=waiting to be accepted by the operator")
+        try:
+            while self._member.state != "accepted" and not self._stopping.is_set():
+                try:
+                    self._member = await joining.ask_again(
+                        self._data, self._identity, self._member, self._settings.gateway_quic
+                    )
+                    self._notes.pop("join", None)
+                except NotAuthorizedError as exc:
+                    self._notes["join"] = str(exc)
+                except EdgeSyncError as exc:
+                    self._notes["join"] = f"the gateway cannot be asked: {exc}"
+                if self._member.state != "accepted":
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), PENDING_RETRY_S)
+        finally:
+            await control.close()
+        self._identity = joining.load_or_make_identity(self._data)
+        self._pending = False
+        del stack
+
+    async def _serve(self, stack: contextlib.AsyncExitStack, control: ControlServer) -> None:
+        settings = self._settings
+        self._metadata = Metadata(
+            self._trust_store, fetch=self._fetch, executor=self._store.executor
+        )
+        self._metadata.on_change = self._metadata_changed
+        self._swarm = Swarm(
+            store=self._store,
+            metadata=self._metadata.served,
+            gateway_key=self._gateway_key,
+            gateway_addresses=self._gateway_addresses,
+            may_read=self._may_read,
+            upload_limit=settings.upload_limit,
+            download_limit=settings.download_limit,
+        )
+        try:
+            self._endpoint = await Endpoint.open(
+                host=settings.listen_quic.host,
+                port=settings.listen_quic.port,
+                identity=self._identity,
+                judge=self._metadata.judge,
+                handler=self._swarm,
+                config=EndpointConfig(agent=f"edgesync {__version__}", versions=self._versions),
+            )
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {settings.listen_quic} (UDP): {exc.strerror}: change listen_quic"
+            ) from exc
+        stack.push_async_callback(self._endpoint.close)
+        self._swarm.attach(self._endpoint)
+        stack.push_async_callback(self._swarm.close)
+        self._installer = Installer(
+            store=self._store,
+            trust_store=self._trust_store,
+            executions=self._executions,
+            metadata=self._metadata,
+            swarm=self._swarm,
+            hardware=self._member.hardware,
+            on_change=self._execution_changed,
+        )
+        stack.push_async_callback(self._installer.close)
+        self._telemetry = Telemetry(
+            device_id=self._member.id,
+            gateway_id=self._member.gateway,
+            identity=self._identity,
+            brokers=lambda: self._member.brokers,
+            gateway_keys=self._gateway_keys,
+            outbox=self._outbox,
+            state=self._mqtt_state,
+            progress=self._mqtt_progress,
+            listener=self,
+            in_storage=self._in_storage,
+            config=_link_config(),
+        )
+        await control.start()
+        stack.push_async_callback(control.close)
+        self._resume_assignments()
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (self._telemetry.run(), self._keep_metadata(), self._watchdog())
+        ]
+        if settings.mdns:
+            self._discovery = Discovery(
+                device_id=self._member.id,
+                key=self._identity.key,
+                port=self._endpoint.port,
+                interface=settings.interface,
+                versions=self._versions,
+                wanted=self._swarm.wants_peers,
+                on_candidate=self._swarm.candidate,
+            )
+            tasks.append(asyncio.ensure_future(self._discovery.run()))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        systemd.notify("READY=1", f"STATUS=serving on UDP port {self._endpoint.port}")
+        logger.info("agent %s is up on UDP port %d", self._member.id, self._endpoint.port)
+        try:
+            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            systemd.notify("STOPPING=1")
+            for task in (stopping, *tasks):
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in ended:
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+                raise result
+
+    def _resume_assignments(self) -> None:
+        accepted = self._trust_store.assignments()
+        if accepted is not None:
+            self._installer.want(accepted.entries)
+
+    # --- metadata ---------------------------------------------------------------------------------------------------
+    async def _keep_metadata(self) -> None:
+        """Take offered timestamps, one at a time, and ask around where nobody offers any."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._metadata_due.wait(), METADATA_INTERVAL_S)
+            # Retained files arrive in any order: what is already on its way need not be fetched.
+            await asyncio.sleep(COALESCE_S)
+            self._metadata_due.clear()
+            if self._timestamp is not None:
+                offered, self._timestamp = self._timestamp, None
+                await self._metadata.offer(offered)
+                if self._metadata.problem:
+                    self._timestamp = self._timestamp or offered
+            else:
+                await self._metadata.refresh()
+
+    async def _metadata_changed(self) -> None:
+        await self._endpoint.rejudge()
+        self._installer.look_again()
+        self._telemetry.state_changed()
+
+    async def _fetch(self, name: str, max_bytes: int) -> bytes:
+        return await self._swarm.fetch_any(name, max_bytes)
+
+    def _versions(self) -> tuple[int, int]:
+        view = self._metadata.trusted
+        return view.root_version, view.timestamp_version
+
+    # --- what the broker brings (Listener) ---------------------------------------------------------------------------
+    async def timestamp_offered(self, data: bytes) -> None:
+        self._timestamp = data
+        self._metadata_due.set()
+
+    def file_offered(self, name: str, data: bytes) -> None:
+        self._metadata.remember(name, data)
+        if self._timestamp is not None:
+            self._metadata_due.set()
+        self._installer.look_again()
+
+    async def assignment_offered(self, data: bytes) -> None:
+        accepted = await self._in_storage(
+            functools.partial(
+                self._trust_store.accept_assignments,
+                data,
+                keys=self._metadata.trusted.assign_keys(self._member.region),
+                device_id=self._member.id,
+                device_key=self._identity.key,
+            )
+        )
+        self._notes.pop("assignment", None)
+        self._installer.want(accepted.entries)
+
+    def peers_told(self, peers: mqtt.Peers) -> None:
+        for peer in peers.peers:
+            for address in peer.addresses:
+                self._swarm.told_peer(PeerKey(peer.key), address)
+
+    def presence_told(self, presence: mqtt.Presence) -> None:
+        if presence.online and presence.quic and not self._settings.gateway_quic:
+            self._member.gateway_quic = list(presence.quic)
+        if presence.timestamp_version > self._metadata.trusted.timestamp_version:
+            self._metadata_due.set()
+
+    # --- who is who -------------------------------------------------------------------------------------------------
+    def _gateway_keys(self) -> list[PeerKey]:
+        keys = [
+            PeerKey(entry.key) for entry in self._metadata.trusted.gateways(self._member.region)
+        ]
+        return keys or [self._member.gateway_key]
+
+    def _gateway_key(self) -> PeerKey:
+        for entry in self._metadata.trusted.gateways(self._member.region):
+            if entry.id == self._member.gateway:
+                return PeerKey(entry.key)
+        return self._member.gateway_key
+
+    def _gateway_addresses(self) -> list[str]:
+        if self._settings.gateway_quic is not None:
+            return [str(self._settings.gateway_quic)]
+        return self._member.gateway_quic
+
+    def _may_read(self, peer: PeerKey, device_id: str, digest: Digest) -> bool:
+        """Whether a member may have the pieces of a bundle whose access is ``assigned``."""
+        del peer, device_id, digest
+        return False
+
+    # --- telling ----------------------------------------------------------------------------------------------------
+    async def _execution_changed(self, row: Execution) -> None:
+        self._telemetry.state_changed()
+        if not row.assignment_id:
+            return
+        counters = self._counters(row.digest)
+        report = mqtt.Report(
+            device=self._member.id,
+            key=self._identity.key,
+            epoch=0,
+            sequence=0,
+            issued=time.time(),
+            kind=row.kind,  # type: ignore[arg-type]  # one of the three: it came from a parsed manifest
+            name=row.name,
+            version=row.version,
+            digest=row.digest,
+            assignment=row.assignment_id,
+            status=row.status,  # type: ignore[arg-type]
+            step=row.step,  # type: ignore[arg-type]
+            reason=row.reason[:200],
+            payload_bytes=row.payload_bytes,
+            bytes_from_gateway=counters.bytes_from_gateway,
+            bytes_from_peers=counters.bytes_from_peers,
+            bytes_local=counters.bytes_local,
+            bytes_import=counters.bytes_import,
+            bytes_sent=counters.bytes_sent,
+            pieces_total=row.pieces_total,
+            pieces_have=row.pieces_have,
+            pieces_rejected=counters.pieces_rejected,
+            resumes=counters.resumes,
+            duration_s=max(0.0, time.time() - row.started),
+        )
+        try:
+            await self._in_storage(self._outbox.add, report)
+        except StorageError:
+            logger.exception("a report could not be kept")
+        self._telemetry.report_added()
+
+    def _mqtt_state(self) -> mqtt.State:
+        view = self._metadata.trusted
+        waiting = next((row.reason for row in self._rows() if row.reason and not row.ended), "")
+        return mqtt.State(
+            device=self._member.id,
+            key=self._identity.key,
+            epoch=0,
+            sequence=0,
+            online=True,
+            agent=__version__,
+            listen_port=self._endpoint.port,
+            addresses=_own_addresses(self._settings.interface, self._endpoint.port),
+            hardware=self._member.hardware,
+            bundles=[
+                mqtt.HeldBundle(
+                    kind=row.kind,  # type: ignore[arg-type]
+                    name=row.name,
+                    version=row.version,
+                    digest=row.digest,
+                    state=row.status,
+                    reason=row.reason[:200],
+                    pieces_have=row.pieces_have,
+                    pieces_total=row.pieces_total,
+                )
+                for row in self._rows()
+            ][:32],
+            waiting=waiting[:200],
+            root_version=view.root_version,
+            timestamp_version=view.timestamp_version,
+            assignment_sequence=self._trust_store.assignment_sequence,
+        )
+
+    def _mqtt_progress(self) -> mqtt.Progress | None:
+        active = [row for row in self._rows() if row.status == "in_progress"][:4]
+        if not active:
+            return None
+        transfers = []
+        for row in active:
+            counters = self._counters(row.digest)
+            transfers.append(
+                mqtt.TransferProgress(
+                    digest=row.digest,
+                    pieces_have=row.pieces_have,
+                    pieces_total=row.pieces_total,
+                    bytes_from_gateway=counters.bytes_from_gateway,
+                    bytes_from_peers=counters.bytes_from_peers,
+                    bytes_local=counters.bytes_local,
+                    bytes_sent=counters.bytes_sent,
+                )
+            )
+        return mqtt.Progress(device=self._member.id, transfers=transfers)
+
+    def _rows(self) -> list[Execution]:
+        """Executions with the pieces each has by now."""
+        rows = sorted(self._installer.rows.values(), key=lambda row: (row.started, row.name))
+        for row in rows:
+            bundle = self._store.get(row.digest)
+            if bundle is not None:
+                row.pieces_have = bundle.have.count
+            if row.status == "in_progress" and row.step == "downloading":
+                row.reason = self._swarm.waiting_reason(row.digest)
+        return rows
+
+    def _counters(self, digest: Digest) -> Any:
+        bundle = self._store.get(digest)
+        return bundle.counters if bundle is not None else self._state.counters(digest)
+
+    # --- the local socket -------------------------------------------------------------------------------------------
+    async def _op_status(self, _request: dict[str, Any]) -> AsyncIterator[Answer | bytes]:
+        yield self._status()
+
+    def _status(self) -> Answer:
+        problems = list(self._notes.values()) + self._store.problems()
+        if self._pending:
+            return status.build(
+                device_id=self._member.id,
+                gateway={
+                    "id": self._member.gateway,
+                    "connected": False,
+                    "last_seen": None,
+                    "waiting": f"to be accepted: on the gateway run edgesync device accept {self._member.id}",
+                },
+                peers=[],
+                executions=self._executions.all(),
+                counters={},
+                metadata=status.metadata_facts(self._trust_store.state.view),
+                problems=problems,
+                running=True,
+            )
+        link = self._telemetry.link.status()
+        if self._metadata.problem:
+            problems.append(self._metadata.problem)
+        problems += [str(problem) for problem in self._metadata.trusted.problems]
+        rows = self._rows()
+        return status.build(
+            device_id=self._member.id,
+            gateway={
+                "id": self._member.gateway,
+                "connected": link.connected,
+                "last_seen": self._telemetry.last_seen,
+                "broker": link.broker,
+                "detail": link.last_error,
+            },
+            peers=self._swarm.peers(),
+            executions=rows,
+            counters={row.digest: self._counters(row.digest) for row in rows},
+            metadata=status.metadata_facts(self._metadata.trusted),
+            problems=problems,
+            running=True,
+        )
+
+    async def _op_get(self, request: dict[str, Any]) -> AsyncIterator[Answer | bytes]:
+        name, version = str(request.get("name")), request.get("version")
+        work = asyncio.ensure_future(
+            self._installer.fetch(name, version if isinstance(version, str) else None)
+        )
+        try:
+            while not work.done():
+                await asyncio.wait({work}, timeout=0.5)
+                for row in self._rows():
+                    if row.name == name and row.status == "in_progress":
+                        yield {
+                            "pieces_have": row.pieces_have,
+                            "pieces_total": row.pieces_total,
+                            "payload_bytes": row.payload_bytes,
+                            "reason": row.reason,
+                        }
+            digest = work.result()
+        finally:
+            work.cancel()
+        async for part in streaming.tree(self._store, digest):
+            yield part
+
+    async def _op_bundles(self, request: dict[str, Any]) -> AsyncIterator[Answer | bytes]:
+        work = functools.partial(
+            role.perform, self._store, request, assigned=self._installer.is_assigned
+        )
+        yield await asyncio.to_thread(work)
+        self._installer.look_again()
+
+    # --- housekeeping -----------------------------------------------------------------------------------------------
+    def _lost(self, digest: Digest, piece: int) -> None:
+        """A piece on disk is no longer what was installed; called from the thread that noticed."""
+        logger.warning("piece %d of %s on disk was changed by something else", piece, digest[:12])
+
+    async def _watchdog(self) -> None:
+        """Feed the supervisor only while the loop turns and the database answers."""
+        interval = systemd.watchdog_interval_s() or 30.0
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(interval)
+            lag = time.monotonic() - before - interval
+            try:
+                await asyncio.wait_for(self._in_storage(self._state.bundles), LOOP_LAG_LIMIT_S * 6)
+            except (StorageError, TimeoutError):
+                logger.exception("the database does not answer")
+                continue
+            if lag < LOOP_LAG_LIMIT_S:
+                systemd.notify("WATCHDOG=1")
+
+    async def _in_storage(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._store.executor, function, *arguments
+        )
+
+
+def _link_config() -> LinkConfig:
+    """Patience towards the broker; EDGESYNC_BACKOFF_MAX shortens it on a desk."""
+    most = os.environ.get("EDGESYNC_BACKOFF_MAX")
+    return LinkConfig(max_backoff_s=float(most)) if most else LinkConfig()
+
+
+def _own_addresses(interface: str, port: int) -> list[str]:
+    import ifaddr
+
+    found = [
+        str(ip.ip)
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+        if ip.is_IPv4 and interface in {"", adapter.nice_name, ip.ip}
+    ]
+    return [f"{ip}:{port}" for ip in found if interface or not ip.startswith("127.")][:8]
+
+
+def main() -> int:
+    """Entry of ``python -m device``: settings come from the file and the environment."""
+    logging.basicConfig(
+        level=os.environ.get("EDGESYNC_LOG", "INFO").upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+    def start() -> None:
+        data = DataDir.open(datadir.choose_path("agent", None), "agent")
+        settings = config.load(AgentSettings, data.config).values
+        with data.lock():
+            asyncio.run(Agent(data, settings).run())
+
+    return run_command(start)

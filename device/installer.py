@@ -1,0 +1,370 @@
+"""Brings the bundles an assignment set names, and those somebody asked for, onto this device.
+
+For each bundle one task: check it against signed metadata, fetch its manifest, stage it, take what older versions hold,
+let the swarm fetch the rest, activate it, say what became of it. What may happen next is decided in
+``device.core.install``; blocking work runs in the store's thread. A failed step leaves the version before as it was.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+from device.activation import TreeDamagedError
+from device.bundle_store import BundleStore, HeldBundle, StagedBundle
+from device.executions import Execution, Executions
+from device.metadata import Metadata
+from device.trust_store import TrustStore
+from edgesync import manifest as manifests
+from edgesync.assignment import Entry
+from edgesync.errors import (
+    DiskFullError,
+    EdgeSyncError,
+    NotFoundError,
+    StorageError,
+    TransportError,
+    VerificationError,
+)
+from edgesync.ids import BundleName, Digest, Version
+from edgesync.manifest import Manifest
+from edgesync.trust import BundleTarget
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_BUNDLES = 2
+"""Bundles fetched at a time; more would only share the same link and double the memory."""
+RETRY_S = 5.0
+DISK_FULL_RETRY_S = 30.0
+T = TypeVar("T")
+
+
+class Fetcher(Protocol):
+    """The swarm, as far as an installation needs it."""
+
+    async def fetch_bundle(self, staged: StagedBundle) -> None:
+        """Return once every piece is held. Raises StorageError; never gives up for the network's sake."""
+        ...
+
+    def waiting_reason(self, digest: Digest) -> str: ...
+
+
+class Installer:
+    def __init__(
+        self,
+        *,
+        store: BundleStore,
+        trust_store: TrustStore,
+        executions: Executions,
+        metadata: Metadata,
+        swarm: Fetcher,
+        hardware: str,
+        on_change: Callable[[Execution], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._trust_store = trust_store
+        self._executions = executions
+        self._metadata = metadata
+        self._swarm = swarm
+        self._hardware = hardware
+        self._on_change = on_change
+        self._entries: dict[BundleName, Entry] = {}
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(PARALLEL_BUNDLES)
+        self.rows: dict[Digest, Execution] = {row.digest: row for row in executions.all()}
+        self._wake: dict[tuple[str, str], asyncio.Event] = {}
+
+    # --- what shall be here -----------------------------------------------------------------------------------------
+    def want(self, entries: Iterable[Entry]) -> None:
+        """Make the assignment set's entries the ones that count: start what is new, stop what is gone."""
+        self._entries = {BundleName(entry.name): entry for entry in entries}
+        wanted = {(entry.name, entry.version) for entry in self._entries.values()}
+        for key, task in list(self._tasks.items()):
+            if key not in wanted:
+                task.cancel()
+        for entry in self._entries.values():
+            key = (entry.name, entry.version)
+            if key in self._tasks:
+                self._wake[key].set()
+            else:
+                self._start(key, self._assigned(entry))
+
+    def look_again(self) -> None:
+        """Metadata or disk changed: whoever waits tries anew."""
+        for event in self._wake.values():
+            event.set()
+
+    def is_assigned(self, name: str, version: str) -> bool:
+        entry = self._entries.get(BundleName(name))
+        return entry is not None and entry.version == version
+
+    async def fetch(self, name: str, version: str | None) -> Digest:
+        """Hold a bundle that somebody on this machine asked for; returns once it is whole.
+
+        Raises NotFoundError: the metadata this device has lists no such bundle. Raises EdgeSyncError: why not.
+        """
+        trusted = self._metadata.trusted
+        target = trusted.find(name, version)
+        if target is None:
+            await self._metadata.refresh()
+            trusted = self._metadata.trusted
+            target = trusted.find(name, version)
+        if target is None:
+            what = name if version is None else f"{name}@{version}"
+            raise NotFoundError(f"{what} is not among the bundles this device knows of")
+        key = (target.name, target.version)
+        running = self._tasks.get(key)
+        if running is not None and not running.done():
+            await asyncio.wait({running})
+        held = self._store.get(target.digest)
+        if held is None or not held.complete:
+            await self._bring(target, install=False, assignment_id="")
+        return target.digest
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # --- one assigned bundle ----------------------------------------------------------------------------------------
+    def _start(self, key: tuple[str, str], work: Awaitable[None]) -> None:
+        self._wake[key] = asyncio.Event()
+        task = asyncio.ensure_future(work)
+        self._tasks[key] = task
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if self._tasks.get(key) is done:
+                del self._tasks[key]
+                self._wake.pop(key, None)
+            if not done.cancelled() and done.exception() is not None:
+                logger.error("installing %s@%s broke off", *key, exc_info=done.exception())
+
+        task.add_done_callback(ended)
+
+    async def _assigned(self, entry: Entry) -> None:
+        """Work on one entry until it ended, waiting and retrying for as long as it is assigned."""
+        key = (entry.name, entry.version)
+        try:
+            while True:
+                try:
+                    self._wake[key].clear()
+                    await self._once(entry)
+                except _WaitError as wait:
+                    await self._say(entry, "queued", reason=str(wait))
+                    await self._pause(key, wait.seconds)
+                except DiskFullError as exc:
+                    await self._say(entry, "in_progress", step="downloading", reason=str(exc))
+                    await self._pause(key, DISK_FULL_RETRY_S)
+                except TransportError as exc:
+                    await self._say(
+                        entry, "in_progress", step="downloading", reason=f"waiting: {exc}"
+                    )
+                    await self._pause(key, RETRY_S)
+                except TreeDamagedError as exc:
+                    logger.warning("%s@%s: %s", *key, exc)
+                    await self._pause(key, 0.1)
+                except VerificationError as exc:
+                    await self._say(entry, "rejected", reason=str(exc))
+                    return
+                except StorageError as exc:
+                    await self._say(entry, "failed", reason=str(exc))
+                    return
+                else:
+                    return
+        except asyncio.CancelledError:
+            if not self.is_assigned(*key):
+                await asyncio.shield(self._cancel(entry))
+            raise
+
+    async def _cancel(self, entry: Entry) -> None:
+        staged = self._store.staged(Digest(entry.target_hash))
+        if staged is not None and self._store.held(staged.digest) is None:
+            with contextlib.suppress(StorageError):
+                await self._in_storage(staged.discard)
+        await self._say(entry, "canceled", reason="no longer assigned")
+
+    async def _pause(self, key: tuple[str, str], seconds: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake[key].wait(), seconds)
+
+    async def _once(self, entry: Entry) -> None:
+        target = self._metadata.trusted.bundle(entry.kind, entry.name, entry.version)
+        if target is None:
+            raise _WaitError(
+                f"waiting: the metadata here does not list {entry.name}@{entry.version} yet"
+            )
+        if (target.digest, target.length) != (entry.target_hash, entry.target_length):
+            raise VerificationError("the assignment names other bytes than the signed metadata")
+        self._check_allowed(target)
+        if entry.not_before is not None and entry.not_before > time.time():
+            moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(entry.not_before))
+            raise _WaitError(
+                f"waiting: not before {moment}", seconds=entry.not_before - time.time()
+            )
+        await self._bring(
+            target, install=entry.action == "install", assignment_id=entry.assignment_id
+        )
+
+    def _check_allowed(self, target: BundleTarget) -> None:
+        """Raises VerificationError: this device must not have this bundle."""
+        if target.hardware and self._hardware not in target.hardware:
+            raise VerificationError(
+                f"the bundle is for hardware {', '.join(target.hardware)}, this device is {self._hardware or 'unnamed'}"
+            )
+        floor = self._trust_store.counter(target.kind, target.name)
+        if target.release_counter < floor:
+            raise VerificationError(
+                f"release counter {target.release_counter} is below {floor}, which this device has committed"
+            )
+        for info in self._store.bundles():
+            if info.name == target.name and info.kind != target.kind and info.state != "staged":
+                raise VerificationError(f"{target.name} is a {info.kind} bundle on this device")
+
+    async def _bring(self, target: BundleTarget, *, install: bool, assignment_id: str) -> None:
+        row = Execution(
+            digest=target.digest,
+            name=BundleName(target.name),
+            version=Version(target.version),
+            kind=target.kind,
+            assignment_id=assignment_id,
+            status="in_progress",
+            step="downloading",
+            started=time.time(),
+        )
+        known = self.rows.get(target.digest)
+        if known is not None:
+            row.started = known.started
+        held = self._store.held(target.digest)
+        if held is not None and held.complete:
+            if install and self._store.active(row.name) is not held:
+                await self._in_storage(self._store.activate, target.digest)
+            await self._succeed(row, held, target, install=install)
+            return
+        async with self._slots:
+            data = await self._manifest_bytes(target)
+            parsed = await self._in_storage(_parse, data, target)
+            row.payload_bytes, row.pieces_total = parsed.payload_bytes, parsed.piece_count
+            await self._put(row)
+            staged = await self._in_storage(self._store.begin, data, parsed)
+            row.pieces_have = staged.have.count
+            del data
+            await self._put(row)
+            if not staged.complete:
+                await self._in_storage(staged.import_local)
+            await self._swarm.fetch_bundle(staged)
+            row.pieces_have = staged.have.count
+            row.step = "downloaded"
+            await self._put(row)
+        if not install:
+            row.status, row.reason = "succeeded", ""
+            await self._put(row)
+            return
+        await self._activate(row, staged, target, parsed)
+
+    async def _activate(
+        self, row: Execution, staged: StagedBundle, target: BundleTarget, parsed: Manifest
+    ) -> None:
+        # The world may have changed while pieces came: what must not be installed any more is not.
+        current = self._metadata.trusted.bundle(target.kind, target.name, target.version)
+        if current is None or current.digest != target.digest:
+            raise VerificationError("the signed metadata no longer lists this bundle")
+        self._check_allowed(target)
+        row.step = "installing"
+        await self._put(row)
+        await self._in_storage(staged.activate)
+        held = self._store.held(target.digest)
+        assert held is not None
+        assert parsed.release_counter == target.release_counter
+        await self._succeed(row, held, target, install=True)
+        await self._remove_older(row.name, keep=target.digest)
+
+    async def _succeed(
+        self, row: Execution, held: HeldBundle, target: BundleTarget, *, install: bool
+    ) -> None:
+        if install:
+            await self._in_storage(
+                self._trust_store.commit_counter, target.kind, target.name, target.release_counter
+            )
+        row.status, row.step, row.reason = "succeeded", "", ""
+        row.payload_bytes, row.pieces_total = held.row.payload_bytes, held.row.piece_count
+        row.pieces_have = held.have.count
+        await self._put(row)
+
+    async def _remove_older(self, name: BundleName, *, keep: Digest) -> None:
+        """Keep the active version and the one before it; the way back must not cost the disk for ever."""
+        others = [
+            info for info in self._store.bundles() if info.name == name and info.state == "held"
+        ]
+        others.sort(
+            key=lambda info: self.rows[info.digest].updated if info.digest in self.rows else 0.0
+        )
+        for info in others[:-1]:
+            if info.digest != keep and not self.is_assigned(info.name, info.version):
+                with contextlib.suppress(EdgeSyncError):
+                    await self._in_storage(self._store.remove, info.digest)
+
+    async def _manifest_bytes(self, target: BundleTarget) -> bytes:
+        with contextlib.suppress(NotFoundError):
+            return await self._in_storage(self._store.manifest_bytes, target.digest)
+        return await self._metadata.blob(target.digest, target.length)
+
+    # --- saying -----------------------------------------------------------------------------------------------------
+    async def _say(self, entry: Entry, status: str, *, step: str = "", reason: str = "") -> None:
+        digest = Digest(entry.target_hash)
+        row = self.rows.get(digest) or Execution(
+            digest=digest,
+            name=BundleName(entry.name),
+            version=Version(entry.version),
+            kind=entry.kind,
+            assignment_id=entry.assignment_id,
+            status=status,
+            started=time.time(),
+        )
+        if (row.status, row.step, row.reason) == (status, step, reason) and digest in self.rows:
+            return
+        row.status, row.step, row.reason = status, step, reason
+        row.assignment_id = entry.assignment_id
+        await self._put(row)
+
+    async def _put(self, row: Execution) -> None:
+        self.rows[row.digest] = row
+        try:
+            await self._in_storage(self._executions.put, row)
+        except StorageError:
+            logger.exception("the state of %s@%s could not be stored", row.name, row.version)
+        await self._on_change(row)
+
+    async def _in_storage(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._store.executor, function, *arguments
+        )
+
+
+def _parse(data: bytes, target: BundleTarget) -> Manifest:
+    """Raises VerificationError: not a manifest, or not the one its target describes."""
+    parsed = manifests.parse(data)
+    described = (
+        target.kind,
+        target.name,
+        target.version,
+        target.release_counter,
+        tuple(target.hardware),
+    )
+    if described != (
+        parsed.kind,
+        parsed.name,
+        parsed.version,
+        parsed.release_counter,
+        tuple(parsed.hardware),
+    ):
+        raise VerificationError("the manifest describes another bundle than the signed metadata")
+    return parsed
+
+
+class _WaitError(Exception):
+    """Not now, and why; ``seconds`` None waits until something changes."""
+
+    def __init__(self, reason: str, *, seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.seconds = seconds

@@ -1,0 +1,125 @@
+"""Keeps this device's trust metadata current, whoever carries it: broker, gateway or peers.
+
+It gathers what a newer timestamp makes necessary, by name and digest, and hands it whole to ``edgesync.trust``; it
+believes nothing itself. What arrives unasked is kept in a bounded cache and used only if a digest asks for it.
+Called by ``device.agent``; one refresh runs at a time.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from device.trust_store import TrustStore
+from edgesync import limits, trust
+from edgesync.errors import EdgeSyncError, VerificationError
+from edgesync.ids import Digest, PeerIdentity
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[str, int], Awaitable[bytes]]
+"""Name and cap → bytes, from whoever has it. Raises EdgeSyncError when nobody does."""
+
+T = TypeVar("T")
+MAX_CACHED_BYTES = 4 * limits.MIB
+MAX_ROUNDS = limits.MAX_ROOT_ROTATIONS + limits.MAX_DELEGATED_ROLES + 8
+"""Times a refresh may ask for more: each answer of ``trust.wanted`` must bring it nearer to the end."""
+
+
+class Metadata:
+    def __init__(
+        self,
+        store: TrustStore,
+        *,
+        fetch: Fetch,
+        executor: Executor | None,
+    ) -> None:
+        self._store = store
+        self._fetch = fetch
+        self._executor = executor
+        self._view = store.state.view
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = asyncio.Lock()
+        self.problem = ""
+        """Why the last refresh did not succeed; empty when it did."""
+        self.on_change: Callable[[], Awaitable[None]] | None = None
+
+    @property
+    def trusted(self) -> trust.Trusted:
+        """What is believed now; replaced as a whole when metadata changed."""
+        return self._view
+
+    def judge(self, certificate: bytes) -> PeerIdentity:
+        return self._view.judge_certificate(certificate)
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Keep what a courier brought under the name it will be asked for."""
+        self._cache.pop(name, None)
+        self._cache[name] = data
+        while sum(len(held) for held in self._cache.values()) > MAX_CACHED_BYTES:
+            self._cache.popitem(last=False)
+
+    def served(self, name: str) -> bytes | None:
+        """A stored, verified file for a peer that asks."""
+        return self._store.state.file(name)
+
+    async def blob(self, digest: Digest, max_bytes: int) -> bytes:
+        """A file named by digest, from the cache or from whoever has it; checked against the digest."""
+        name = f"sha256/{digest}"
+        data = self._cache.get(name)
+        if data is None:
+            data = await self._fetch(name, max_bytes)
+        if len(data) > max_bytes or hashlib.sha256(data).hexdigest() != digest:
+            raise VerificationError(f"what was sent as {digest[:12]} is something else")
+        return data
+
+    async def offer(self, timestamp: bytes) -> bool:
+        """Take a timestamp from any courier and everything it leads to. True: something newer is believed now."""
+        async with self._lock:
+            try:
+                changed = await self._refresh(timestamp)
+            except EdgeSyncError as exc:
+                self.problem = str(exc)
+                logger.warning("metadata: %s", exc)
+                return False
+            self.problem = ""
+        if changed and self.on_change is not None:
+            await self.on_change()
+        return changed
+
+    async def refresh(self) -> bool:
+        """Ask around for a newer timestamp."""
+        try:
+            timestamp = await self._fetch("timestamp", limits.MAX_TIMESTAMP_BYTES)
+        except EdgeSyncError as exc:
+            self.problem = f"no newer metadata: {exc}"
+            return False
+        return await self.offer(timestamp)
+
+    async def _refresh(self, timestamp: bytes) -> bool:
+        update = trust.MetadataUpdate().with_file("timestamp", timestamp)
+        for _round in range(MAX_ROUNDS):
+            missing = await self._in_thread(trust.wanted, self._store.state, update)
+            if not missing:
+                break
+            for want in missing:
+                data = self._cache.get(want.name)
+                if data is None or len(data) > want.max_bytes:
+                    data = await self._fetch(want.name, want.max_bytes)
+                update = update.with_file(want.name, data)
+        before = self._store.state
+        await self._in_thread(self._store.accept, update)
+        state = self._store.state
+        if state is before:
+            return False
+        # Building the view verifies every file again: not on the event loop.
+        self._view = await self._in_thread(lambda: state.view)
+        return True
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, function, *arguments
+        )
