@@ -197,6 +197,27 @@ def certificate_id(der: bytes) -> str:
     return _name_of(_load(der))
 
 
+def certificate_issuer(der: bytes) -> str:
+    """The region whose authority a certificate says it is from, unverified; empty if it says none."""
+    names = _load(der).issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else ""
+
+
+def authority_region(ca_der: bytes) -> str:
+    """The region an authority is made out to. Raises NotAuthorizedError: it is none, or does not sign itself."""
+    authority = _load(ca_der)
+    _key_of(authority)
+    name = _name_of(authority, authority=True)
+    try:
+        constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
+        authority.verify_directly_issued_by(authority)
+    except (x509.ExtensionNotFound, InvalidSignature, ValueError, TypeError) as exc:
+        raise NotAuthorizedError("an authority's certificate does not hold") from exc
+    if not constraints.ca:
+        raise NotAuthorizedError("a member's certificate is not an authority's")
+    return name
+
+
 def check_issued(der: bytes, ca_der: bytes) -> None:
     """Raise NotAuthorizedError unless this authority issued this certificate, to a member."""
     certificate, authority = _load(der), _load(ca_der)
@@ -327,7 +348,9 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 __all__ = [
     "CertificateAuthority",
     "Identity",
+    "authority_region",
     "certificate_id",
+    "certificate_issuer",
     "certificate_key",
     "check_issued",
     "load_private_key",

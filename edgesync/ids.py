@@ -41,3 +41,5 @@ class PeerIdentity:
     role: Role
     id: str
     key: PeerKey
+    region: str = ""
+    """The region that listed this gateway or vouched for this device; empty where nobody judged it."""
