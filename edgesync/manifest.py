@@ -41,6 +41,9 @@ FEATURES: frozenset[str] = frozenset()
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 VERSION_PATTERN = r"^(?!current$)[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$"
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
+"""Control characters of ASCII and Latin-1, and the separator of another system."""
+_NO_NAMES = frozenset((b"", b".", b".."))
 _NAME = re.compile(NAME_PATTERN.replace("$", r"\Z"))
 _VERSION = re.compile(r"(?!current\Z)[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}\Z")
 
@@ -195,17 +198,17 @@ def check_path(path: str) -> str:
         raise UnsafePathError(
             f"a path has {len(raw)} bytes, at most {limits.MAX_PATH_BYTES} are allowed"
         )
-    if unicodedata.normalize("NFC", path) != path:
+    if not unicodedata.is_normalized("NFC", path):
         raise UnsafePathError(f"{path!a} is not in Unicode form NFC")
-    for component in path.split("/"):
-        if component in {"", ".", ".."}:
+    if _FORBIDDEN.search(path):
+        raise UnsafePathError(f"{path!a} has a backslash or control character")
+    for component in raw.split(b"/"):
+        if component in _NO_NAMES:
             raise UnsafePathError(f"{path!a} has an empty, '.' or '..' component")
-        if len(component.encode()) > limits.MAX_COMPONENT_BYTES:
+        if len(component) > limits.MAX_COMPONENT_BYTES:
             raise UnsafePathError(
                 f"{path!a} has a component over {limits.MAX_COMPONENT_BYTES} bytes"
             )
-        if "\\" in component or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in component):
-            raise UnsafePathError(f"{path!a} has a backslash or control character")
     return path
 
 
@@ -217,7 +220,7 @@ def check_symlink(path: str, target: str) -> None:
         or len(target.encode("utf-8", "replace")) > limits.MAX_SYMLINK_BYTES
     ):
         raise UnsafePathError(f"symlink {path!a} has an absolute, empty or overlong target")
-    if "\\" in target or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in target):
+    if _FORBIDDEN.search(target):
         raise UnsafePathError(
             f"symlink {path!a} has a backslash or control character in its target"
         )
