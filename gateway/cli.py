@@ -280,16 +280,15 @@ def _print_status(now: dict[str, Any]) -> None:
             ],
         )
     output.print_table(
-        ("METADATA", "VERSION", "EXPIRES", "KEYS"),
+        ("METADATA", "VERSION", "EXPIRES"),
         [
-            (
-                role["role"],
-                role["version"],
-                _when(role["expires"]),
-                "readable" if role["signable"] else "not here",
-            )
+            (role["role"], role["version"] or "-", _when(role["expires"]))
             for role in now["metadata"]
         ],
+    )
+    missing = [key["role"] for key in now["keys"] if not key["readable"]]
+    typer.echo(
+        f"keys     not here: {', '.join(missing)}" if missing else "keys     all readable here"
     )
     for problem in now["problems"]:
         typer.echo(f"problem: {output.clean(problem)}")
@@ -342,7 +341,7 @@ def token_create(
     from gateway.store import GatewayStore
 
     with GatewayStore.open(directory) as store:
-        root_version, root_sha256 = setup.current_root(store)
+        root_version, root_sha256 = setup.repository(store).root_pin()
         made = tokens.create(
             store,
             root_version=root_version,

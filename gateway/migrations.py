@@ -137,6 +137,10 @@ def m001_register(db: Database) -> None:
             selector TEXT NOT NULL,
             action TEXT NOT NULL,
             created REAL NOT NULL)""",
+        # Piece bytes as carried, since the gateway was made; added to each second.
+        """CREATE TABLE site_bytes (
+            site TEXT PRIMARY KEY,
+            bytes_out INTEGER NOT NULL) WITHOUT ROWID""",
         # What the running daemon says of itself, rewritten each second.
         """CREATE TABLE runtime (
             id INTEGER PRIMARY KEY CHECK (id = 1),

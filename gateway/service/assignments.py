@@ -17,10 +17,10 @@ from edgesync.envelope import Signer
 from edgesync.errors import ConflictError, NotFoundError, RolloutFailedError, WaitTimeoutError
 from edgesync.ids import DeviceId
 from edgesync.selectors import Selector
+from edgesync.trust import BundleTarget
 from gateway import fleet
-from gateway.keyring import assignment_signer
-from gateway.service import catalogue, devices
-from gateway.service.catalogue import Bundle
+from gateway.certificates import load_assign_key
+from gateway.service import devices, setup
 from gateway.store import GatewayStore
 
 POLL_S: Final = 0.25
@@ -57,15 +57,15 @@ def assign(
     Raises NotFoundError: no such bundle or device. Raises UsageError: not exactly one way to say which devices.
     Raises ConflictError: no device meant can take it, or one would have more than MAX_ASSIGNMENT_ENTRIES bundles.
     """
-    signer = signer or assignment_signer(store.datadir)
+    signer = signer or load_assign_key(store.datadir.online)
     with store.atomic():
-        bundle = catalogue.find(store, name, version)
+        bundle = _published(store, name, version)
         rows = devices.select(store, ids=ids, selector=selector, everything=everything)
         assignment_id = new_assignment_id(utc_now)
         fitting: list[str] = []
         skipped: list[tuple[str, str]] = []
         for row in rows:
-            if bundle.fits(row["hardware"]):
+            if _fits(bundle, row["hardware"]):
                 fitting.append(row["id"])
             else:
                 has = row["hardware"] or "no hardware type"
@@ -113,7 +113,7 @@ def unassign(
     With ``everything`` the bundle's standing rules end too. Raises NotFoundError: no such device, or nothing is
     assigned under this name at all. Raises UsageError.
     """
-    signer = signer or assignment_signer(store.datadir)
+    signer = signer or load_assign_key(store.datadir.online)
     with store.atomic() as db:
         meant = devices.select(store, ids=ids, selector=selector, everything=everything)
         had = {
@@ -160,7 +160,7 @@ def follow(
     A device keeps what an operator assigned to it under the same name.
     """
     utc_now = time.time() if utc_now is None else utc_now
-    signer = signer or assignment_signer(store.datadir)
+    signer = signer or load_assign_key(store.datadir.online)
     given = 0
     with store.atomic():
         rules = [
@@ -182,11 +182,9 @@ def follow(
             for rule, selector in rules:
                 if rule["name"] in has or not selector.matches(devices.labels_of(row)):
                     continue
-                try:
-                    bundle = catalogue.find(store, rule["name"], rule["version"])
-                except NotFoundError:
-                    continue  # Withdrawn since: the rule waits for an operator to end it.
-                if bundle.fits(row["hardware"]):
+                bundle = setup.bundle(store, rule["name"], rule["version"])
+                # Withdrawn since: the rule waits for an operator to end it.
+                if bundle is not None and _fits(bundle, row["hardware"]):
                     _give(store, bundle, [device_id], new_assignment_id(utc_now), signer, utc_now)
                     has.add(bundle.name)
                     given += 1
@@ -209,7 +207,7 @@ def renew(store: GatewayStore, *, utc_now: float, signer: Signer | None = None) 
     )
     due = [row["device_id"] for row in rows]
     if due:
-        signer = signer or assignment_signer(store.datadir)
+        signer = signer or load_assign_key(store.datadir.online)
         with store.atomic():
             _sign(store, due, signer, utc_now)
             store.emit(
@@ -269,6 +267,18 @@ def new_assignment_id(utc_now: float) -> str:
     return f"{int(utc_now * 1000):x}-{secrets.token_hex(4)}"
 
 
+def _published(store: GatewayStore, name: str, version: str | None) -> BundleTarget:
+    found = setup.bundle(store, name, version)
+    if found is None:
+        what = name if version is None else f"{name}@{version}"
+        raise NotFoundError(f"{what} is not published: see edgesync bundle list")
+    return found
+
+
+def _fits(bundle: BundleTarget, hardware: str) -> bool:
+    return not bundle.hardware or hardware in bundle.hardware
+
+
 def _outcome(store: GatewayStore, made: Assigned) -> dict[str, list[str]]:
     current = {
         row["device_id"]: row
@@ -306,7 +316,7 @@ def _outcome(store: GatewayStore, made: Assigned) -> dict[str, list[str]]:
 
 def _give(
     store: GatewayStore,
-    bundle: Bundle,
+    bundle: BundleTarget,
     device_ids: Sequence[str],
     assignment_id: str,
     signer: Signer,
@@ -390,7 +400,11 @@ def _sign(store: GatewayStore, device_ids: Sequence[str], signer: Signer, utc_no
 
 
 def _add_rule(
-    store: GatewayStore, bundle: Bundle, selector_text: str, ids: Sequence[str], utc_now: float
+    store: GatewayStore,
+    bundle: BundleTarget,
+    selector_text: str,
+    ids: Sequence[str],
+    utc_now: float,
 ) -> None:
     """Remember the rule; one for the same name and the same devices replaces the one before."""
     text = f"id in ({','.join(sorted(ids))})" if ids else selector_text
