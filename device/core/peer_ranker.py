@@ -1,0 +1,122 @@
+"""How each source has behaved in one transfer, and what follows: how much to ask of it, whether to leave it alone.
+
+It keeps rates, waits and faults; it picks no pieces. Invariants: a source's faults are only what it did to us, never
+hearsay; quarantine is for good.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from edgesync import limits
+from edgesync.ids import PeerKey
+
+RATE_WINDOW_S: Final = 2.0
+"""Time constant of the goodput average."""
+HORIZON_S: Final = 0.5
+"""A peer is asked for what it delivers in this time: a killed one holds up little."""
+MIN_ASKED_PIECES: Final = 4
+MAX_ASKED_BYTES: Final = 4 * limits.MIB
+MIN_STALL_S: Final = 4.0
+STALL_FACTOR: Final = 4.0
+"""A source is a straggler when its next piece takes so many times what its goodput promises."""
+MAX_STALL_S: Final = 30.0
+SLOWEST_BYTES_S: Final = 16_000.0
+"""Goodput assumed of a source that has not delivered yet."""
+FIRST_BACKOFF_S: Final = 2.0
+MAX_BACKOFF_S: Final = 60.0
+BAD_HASHES_ALLOWED: Final = 1
+LIES_ALLOWED: Final = 8
+"""``not_held`` answers about pieces a peer had announced, before it is left alone for a while."""
+
+
+@dataclass(slots=True)
+class Source:
+    """One source's record. Times are monotonic seconds."""
+
+    outstanding: dict[int, int] = field(default_factory=dict)
+    """Piece → its length, in the order asked."""
+    outstanding_bytes: int = 0
+    rate_bytes_s: float = 0.0
+    progress_at: float = 0.0
+    """Last arrival, or when something was first outstanding."""
+    bad_hashes: int = 0
+    lies: int = 0
+    faults: int = 0
+    aside_until: float | None = None
+    quarantined: bool = False
+    _bytes: float = 0.0
+    _seconds: float = 0.0
+
+    def asked(self, piece: int, length: int, *, now: float) -> None:
+        if not self.outstanding:
+            self.progress_at = now
+        self.outstanding[piece] = length
+        self.outstanding_bytes += length
+
+    def settled(self, piece: int) -> bool:
+        """The piece will no longer come from here; False if it was not asked."""
+        length = self.outstanding.pop(piece, None)
+        if length is None:
+            return False
+        self.outstanding_bytes -= length
+        return True
+
+    def delivered(self, plain_bytes: int, *, now: float) -> None:
+        """Count a piece towards the goodput; time spent waiting for nothing is not held against the source."""
+        elapsed = max(now - self.progress_at, 1e-4)
+        keep = math.exp(-elapsed / RATE_WINDOW_S)
+        self._bytes = self._bytes * keep + plain_bytes
+        self._seconds = self._seconds * keep + elapsed
+        self.rate_bytes_s = self._bytes / self._seconds
+        self.progress_at = now
+        self.faults = 0
+
+    def target_bytes(self, piece_bytes: int) -> int:
+        """How much to have outstanding; ``piece_bytes`` is the average piece."""
+        least = MIN_ASKED_PIECES * piece_bytes
+        return max(least, min(int(self.rate_bytes_s * HORIZON_S), MAX_ASKED_BYTES))
+
+    def stalls_at(self) -> float | None:
+        """When this source counts as a straggler unless something comes."""
+        for length in self.outstanding.values():
+            expected = length / (self.rate_bytes_s or SLOWEST_BYTES_S)
+            wait = min(max(MIN_STALL_S, STALL_FACTOR * expected), MAX_STALL_S)
+            return self.progress_at + wait
+        return None
+
+    def leave_alone(self, *, now: float, seconds: float | None = None) -> None:
+        """Ask nothing of it for a while, longer each time nothing came in between."""
+        if seconds is None:
+            seconds = min(FIRST_BACKOFF_S * 2.0**self.faults, MAX_BACKOFF_S)
+        self.faults = min(self.faults + 1, 16)
+        self.aside_until = now + seconds
+
+
+class PeerRanker:
+    """Every source of one transfer."""
+
+    def __init__(self) -> None:
+        self.sources: dict[PeerKey, Source] = {}
+
+    def add(self, peer: PeerKey) -> Source:
+        """The record of a source; a peer that comes back finds its faults again."""
+        source = self.sources.get(peer)
+        if source is None:
+            self._bound()
+            source = self.sources[peer] = Source()
+        return source
+
+    def __getitem__(self, peer: PeerKey) -> Source:
+        return self.sources[peer]
+
+    def get(self, peer: PeerKey) -> Source | None:
+        return self.sources.get(peer)
+
+    def _bound(self) -> None:
+        # Keys come and go; a member that churns identities must not grow this for ever.
+        if len(self.sources) >= limits.MAX_CONNECTIONS * 2:
+            for peer, source in self.sources.items():
+                if not source.outstanding and not source.quarantined:
+                    del self.sources[peer]
+                    return
