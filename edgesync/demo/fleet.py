@@ -153,6 +153,10 @@ class Fleet:
         assert self._gateway is not None
         return self._gateway.pid
 
+    @property
+    def gateway_quic_port(self) -> int:
+        return self._ports["quic"]
+
     def kill_gateway(self) -> None:
         if self._gateway is not None:
             self._gateway.kill()
@@ -176,10 +180,11 @@ class Fleet:
         self.devices.append(device)
         return device
 
-    def start_device(self, device: Device) -> None:
+    def start_device(self, device: Device, *, port: int = 0) -> None:
+        """Start the agent; ``port`` is its QUIC port, 0 for any."""
         arguments = [
             *("agent", "run", "--data", str(device.data)),
-            *("--interface", "127.0.0.1", "--listen-quic", "127.0.0.1:0"),
+            *("--interface", "127.0.0.1", "--listen-quic", f"127.0.0.1:{port}"),
         ]
         device.process = self._start(device.name, arguments)
 
