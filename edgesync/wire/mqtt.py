@@ -14,7 +14,7 @@ Two orders of numbers keep old messages from undoing new ones, since a broker re
 
 import hashlib
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -270,6 +270,8 @@ _encoder = msgspec.json.Encoder()
 _decoders: dict[Kind, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(type_) for type_, kind in _KINDS.items()
 }
+SIGNED_KINDS: Final = frozenset(_decoders)
+"""Kinds whose payload is an envelope that ``unseal`` opens."""
 _progress_decoder = msgspec.json.Decoder(Progress)
 _pointer_decoder = msgspec.json.Decoder(BundlePointer)
 

@@ -1,0 +1,176 @@
+"""The parts of the link that need no broker: its inbox, its URLs, and how it waits."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+
+from edgesync.errors import ConfigError, EdgeSyncError
+from edgesync.ids import DeviceId, GatewayId
+from edgesync.io.broker_url import BrokerAddress, parse_broker_url
+from edgesync.io.mqtt import Inbox, Incoming, LinkConfig, MqttLink, Published
+from edgesync.wire import topics
+
+STATE = topics.parse(topics.state(DeviceId("a")))
+OTHER = topics.parse(topics.state(DeviceId("b")))
+REPORT = topics.parse(topics.report(DeviceId("a")))
+PROGRESS = topics.parse(topics.progress(DeviceId("a")))
+
+
+async def until(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the awaited state did not come"
+        await asyncio.sleep(0.005)
+
+
+def message(topic: topics.Topic, payload: bytes = b"x") -> Incoming:
+    return Incoming(topic, payload, retained=False)
+
+
+async def test_the_newest_state_and_every_report_wait() -> None:
+    inbox = Inbox(max_messages=10, max_bytes=100)
+    for number in range(3):
+        payload = b"%d" % number
+        for topic in (STATE, REPORT, PROGRESS):
+            assert inbox.put(message(topic, payload))
+    assert len(inbox) == 5
+    got = [await inbox.get() for _ in range(5)]
+    assert [(one.topic.kind, one.payload) for one in got] == [
+        ("state", b"2"),
+        ("report", b"0"),
+        ("progress", b"2"),
+        ("report", b"1"),
+        ("report", b"2"),
+    ]
+    assert len(inbox) == 0
+
+
+async def test_an_overflow_is_counted_and_what_was_retained_is_asked_for_again() -> None:
+    inbox = Inbox(max_messages=2, max_bytes=10)
+    assert inbox.put(message(REPORT))
+    assert inbox.put(message(REPORT))
+    assert not inbox.put(message(REPORT))
+    assert (inbox.dropped, inbox.missed_retained) == (1, False)
+    assert not inbox.put(message(STATE))
+    assert (inbox.dropped, inbox.missed_retained) == (2, True)
+    await inbox.get()
+    assert inbox.put(message(STATE, b"12345"))
+    assert inbox.put(message(STATE, b"123456789"))
+    assert not inbox.put(message(OTHER, b"1"))
+    assert [(await inbox.get()).payload for _ in range(2)] == [b"x", b"123456789"]
+    assert inbox.put(message(OTHER, b"0123456789"))
+
+
+async def test_a_reader_waits_for_the_next_message() -> None:
+    inbox = Inbox(max_messages=2, max_bytes=10)
+    waiting = asyncio.ensure_future(inbox.get())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    inbox.put(message(REPORT))
+    assert (await waiting).topic == REPORT
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "tls"),
+    [
+        ("mqtts://broker.example", "broker.example", 8883, True),
+        ("mqtts://10.0.0.1:18883/", "10.0.0.1", 18883, True),
+        ("mqtts://[fd00::1]:1", "fd00::1", 1, True),
+        ("mqtt://127.0.0.2", "127.0.0.2", 1883, False),
+        ("mqtt://[::1]:7", "::1", 7, False),
+        ("mqtt://localhost", "localhost", 1883, False),
+    ],
+)
+def test_broker_urls(url: str, host: str, port: int, *, tls: bool) -> None:
+    address = parse_broker_url(url)
+    assert address == BrokerAddress(host, port, tls)
+    assert parse_broker_url(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "broker",
+        "http://broker",
+        "mqtts://",
+        "mqtts://broker:0x1",
+        "mqtts://broker:70000",
+        "mqtts://user:secret@broker",
+        "mqtts://broker/topic",
+        "mqtts://broker?x=1",
+        "mqtts://[::1",
+        "mqtt://broker.example",
+        "mqtt://10.0.0.1",
+        "mqtt://localhost.example",
+        "mqtt://127.0.0.1.example",
+    ],
+)
+def test_what_is_no_broker_url_or_would_go_in_the_clear(url: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_broker_url(url)
+
+
+class Recorded(random.Random):
+    """Remembers the ceilings it was asked for and always waits next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.ceilings: list[float] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        self.ceilings.append(b)
+        return a
+
+
+def link(urls: list[str], rng: random.Random | None = None) -> MqttLink:
+    return MqttLink(
+        client_id="a",
+        brokers=lambda: urls,
+        identity=None,
+        allowed_keys=set,
+        subscriptions=lambda: topics.device_filters(DeviceId("a"), GatewayId("gw")),
+        config=LinkConfig(min_backoff_s=1.0, max_backoff_s=300.0, connect_timeout_s=1.0),
+        rng=rng,
+    )
+
+
+async def test_back_off_doubles_to_its_ceiling_with_full_jitter() -> None:
+    rng = Recorded()
+    lonely = link(["mqtt://127.0.0.1:1"], rng)
+    task = asyncio.create_task(lonely.run())
+    await until(lambda: len(rng.ceilings) >= 12)
+    task.cancel()
+    assert rng.ceilings[:12] == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300]
+    status = lonely.status()
+    assert not status.connected
+    assert "mqtt://127.0.0.1:1 cannot be reached" in status.last_error
+    assert status.last_connected is None
+
+
+@pytest.mark.parametrize(
+    ("urls", "error"),
+    [
+        ([], "no broker is known"),
+        (["mqtts://127.0.0.1:1"], "no certificate"),
+        (["mqtt://broker.example"], "in the clear"),
+    ],
+)
+async def test_a_link_that_cannot_even_try_says_why(urls: list[str], error: str) -> None:
+    lonely = link(urls, Recorded())
+    task = asyncio.create_task(lonely.run())
+    await until(lambda: error in lonely.last_error)
+    task.cancel()
+
+
+async def test_publish_without_a_connection_answers_at_once() -> None:
+    lonely = link([])
+    assert await lonely.publish(str(REPORT), b"x", qos=1) is Published.NOT_CONNECTED
+    assert not Published.NOT_CONNECTED
+    with pytest.raises(EdgeSyncError):
+        await lonely.publish("es1/nowhere", b"x", qos=1)
+    with pytest.raises(EdgeSyncError):
+        await lonely.publish(str(REPORT), bytes(100_000), qos=1)
