@@ -8,7 +8,7 @@ of ``edgesync.trust`` and the installer. Invariants of a verified set:
 * its sequence is not below the floor the caller keeps;
 * each bundle name stands in it once.
 
-``utc_now`` is None when a set that was accepted before is read again: expiry gates accepting, not keeping.
+Expiry gates accepting: a set that was accepted before is read again with ``read_accepted``, whatever its age.
 """
 
 from collections.abc import Collection
@@ -95,8 +95,8 @@ def verify(
     fleet: FleetId,
     device_id: DeviceId,
     device_key: PeerKey,
-    floor_sequence: int = 0,
-    utc_now: float | None = None,
+    floor_sequence: int,
+    utc_now: float,
 ) -> AssignmentSet:
     """Open a set that is for this device, from one of ``keys``, and not older than what it has.
 
@@ -117,9 +117,18 @@ def verify(
         raise RollbackRefusedError(
             f"the assignment set has sequence {found.sequence}, this device has seen {floor_sequence}"
         )
-    if utc_now is not None and utc_now >= found.expires:
+    if utc_now >= found.expires:
         raise MetadataExpiredError(f"the assignment set expired at Unix time {found.expires:.0f}")
     return found
+
+
+def read_accepted(data: bytes, *, keys: Collection[PeerKey]) -> AssignmentSet:
+    """Read a set this device accepted before, if its signer is still one of ``keys``.
+
+    Raises VerificationError (and its kinds): it is not, or these are not the bytes that were accepted.
+    """
+    opened = envelope.verify(data, type_=ENVELOPE_TYPE, keys=keys)
+    return _parse(opened.payload)
 
 
 def _parse(payload: bytes) -> AssignmentSet:
@@ -146,6 +155,7 @@ __all__ = [
     "Entry",
     "encode",
     "next_sequence",
+    "read_accepted",
     "sign",
     "verify",
 ]
