@@ -56,7 +56,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Mode = Annotated[int, msgspec.Meta(ge=0, le=0o775)]
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_PIECES)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_PIECES)]
-_Hardware = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Hardware = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
 class Chunking(msgspec.Struct, frozen=True):
@@ -99,7 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     version: Annotated[str, msgspec.Meta(pattern=VERSION_PATTERN)]
     release_counter: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-    hardware: Annotated[list[_Hardware], msgspec.Meta(max_length=64)]
+    hardware: Annotated[list[Hardware], msgspec.Meta(max_length=64)]
     access: Access
     payload_bytes: _Size
     chunking: Chunking
@@ -378,6 +378,7 @@ __all__ = [
     "Chunking",
     "DirectoryEntry",
     "FileEntry",
+    "Hardware",
     "Kind",
     "Manifest",
     "SymlinkEntry",

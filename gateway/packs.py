@@ -400,6 +400,11 @@ def drop(db: sqlite3.Connection, ids: Iterable[PieceId]) -> list[Extent]:
     return extents
 
 
+def count_held(db: sqlite3.Connection, ids: Iterable[PieceId]) -> int:
+    """How many of ``ids`` are held, as the caller's transaction sees it."""
+    return len(_held(db, list(ids)))
+
+
 def _held(db: sqlite3.Connection, ids: Sequence[PieceId]) -> dict[PieceId, int]:
     found: dict[PieceId, int] = {}
     for start in range(0, len(ids), _IDS_PER_QUERY):
@@ -480,6 +485,7 @@ __all__ = [
     "NewPiece",
     "PieceStore",
     "StoredPiece",
+    "count_held",
     "disk_errors",
     "drop",
     "migrations",

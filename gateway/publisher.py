@@ -132,9 +132,14 @@ def _estimate(sizes: Sequence[int], average: int) -> int:
 
 
 def chunk(
-    scan: Scan, chunking: Chunking, pieces: PieceStore | None, *, progress: Progress | None = None
+    scan: Scan,
+    chunking: Chunking,
+    pieces: PieceStore,
+    *,
+    measure_only: bool = False,
+    progress: Progress | None = None,
 ) -> Content:
-    """Cut the files of ``scan`` and store their pieces; with ``pieces`` None only measure.
+    """Cut the files of ``scan`` and store those pieces that are not held; ``measure_only`` stores nothing.
 
     Raises TooManyPiecesError. Raises InputError: a file changed or cannot be read. Raises StorageError: no room, …
     """
@@ -142,7 +147,7 @@ def chunk(
     if scan.payload_bytes > INLINE_BYTES:
         # One more than there are cores: somebody always waits for an answer or cuts ahead.
         processes = max(2, (os.cpu_count() or 1) + 1)
-    return _Publisher(scan, chunking, pieces, progress).run(processes)
+    return _Publisher(scan, chunking, pieces, progress, measure_only=measure_only).run(processes)
 
 
 class _Slot:
@@ -182,11 +187,18 @@ class _Publisher:
     """Hands out tasks, answers questions and puts results in order, all in the calling thread."""
 
     def __init__(
-        self, scan: Scan, chunking: Chunking, pieces: PieceStore | None, progress: Progress | None
+        self,
+        scan: Scan,
+        chunking: Chunking,
+        pieces: PieceStore,
+        progress: Progress | None,
+        *,
+        measure_only: bool,
     ) -> None:
         self._scan = scan
         self._chunking = chunking
         self._pieces = pieces
+        self._measure_only = measure_only
         self._progress = progress
         self._total = scan.payload_bytes
         self._done = 0
@@ -386,8 +398,7 @@ class _Publisher:
     # --- results, in order -----------------------------------------------------------------------------------------
     def _wanted(self, ids: list[PieceId]) -> list[bool]:
         """Which of ``ids`` nobody holds or compresses yet; from now on somebody does."""
-        if self._pieces is not None:
-            self._encoded.update(self._pieces.sizes([i for i in ids if i not in self._encoded]))
+        self._encoded.update(self._pieces.sizes([i for i in ids if i not in self._encoded]))
         flags = []
         for piece_id in ids:
             flags.append(piece_id not in self._encoded)
@@ -437,8 +448,9 @@ class _Publisher:
         if piece.encoding is not None:
             content.encoded_lengths[index] = self._encoded[piece.id] = len(piece.data)
             content.stored_pieces += 1
-            self._batch.append(NewPiece(piece.id, piece.encoding, piece.data, piece.length))
-            self._batch_bytes += len(piece.data)
+            if not self._measure_only:
+                self._batch.append(NewPiece(piece.id, piece.encoding, piece.data, piece.length))
+                self._batch_bytes += len(piece.data)
         if self._runs and sum(self._runs[-1]) == index:
             self._runs[-1][1] += 1
         else:
@@ -455,7 +467,7 @@ class _Publisher:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if self._writing is not None:
             self._writing.result()
-        if self._pieces is not None and batch:
+        if batch:
             self._writing = self._writer.submit(self._pieces.add, batch)
 
 

@@ -24,7 +24,7 @@ from edgesync.errors import InputError, NotFoundError, UnsafePathError
 
 IGNORE_FILE: Final = ".edgesyncignore"
 """At the top of the folder; gitignore rules. It is not part of the bundle."""
-MAX_LEFT_OUT_NAMES: Final = 1000
+MAX_LEFT_OUT_NAMES: Final = 10_000
 """Names of left-out paths that are kept for the report; the rest is counted."""
 
 _OPEN: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

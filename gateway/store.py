@@ -35,6 +35,7 @@ MAX_EVENT_DATA_BYTES: Final = 16 * 1024
 MIGRATIONS: Final[tuple[str, ...]] = (
     "gateway.migrations",
     "gateway.packs",
+    "gateway.catalogue",
     "gateway.repository",
 )
 """Modules that own tables, in the order their ``migrations`` set is applied."""

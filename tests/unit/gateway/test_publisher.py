@@ -55,9 +55,9 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def run(tree: Path, pieces: PieceStore | None, chunking: Chunking = SMALL) -> Content:
+def run(tree: Path, pieces: PieceStore, *, measure_only: bool = False) -> Content:
     with Scan.of(tree) as scan:
-        return chunk(scan, chunking, pieces)
+        return chunk(scan, SMALL, pieces, measure_only=measure_only)
 
 
 def assert_restores(content: Content, pieces: PieceStore, tree: Path) -> None:
@@ -96,7 +96,7 @@ def test_workers_or_none_the_tables_are_the_same(
     tree: Path, pieces: PieceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher, "INLINE_BYTES", 1 << 40)
-    alone = run(tree, None)
+    alone = run(tree, pieces, measure_only=True)
     monkeypatch.setattr(publisher, "INLINE_BYTES", 0)
     monkeypatch.setattr(publisher, "IN_FLIGHT_BYTES", 1)
     together = run(tree, pieces)
@@ -109,8 +109,8 @@ def test_workers_or_none_the_tables_are_the_same(
         assert other.encoded_lengths == alone.encoded_lengths
 
 
-def test_streamed_cuts_are_those_of_the_whole_file(tree: Path) -> None:
-    content = run(tree, None)
+def test_streamed_cuts_are_those_of_the_whole_file(tree: Path, pieces: PieceStore) -> None:
+    content = run(tree, pieces, measure_only=True)
     data = (tree / "a-large").read_bytes()
     assert len(data) > publisher._SMALL_FILE_BYTES
     cutter = FastCDC(SMALL.avg, min_size=SMALL.min, max_size=SMALL.max, normalized_chunking=1)
@@ -180,18 +180,18 @@ def test_a_full_disk_ends_the_publish(
 
 
 def test_more_pieces_than_a_manifest_takes_are_refused(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
+    tree: Path, pieces: PieceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_PIECES", 50)
     with pytest.raises(publisher.TooManyPiecesError):
-        run(tree, None)
+        run(tree, pieces)
     assert not active_children()
 
 
-def test_progress_ends_at_the_payload(tree: Path) -> None:
+def test_progress_ends_at_the_payload(tree: Path, pieces: PieceStore) -> None:
     seen: list[tuple[int, int]] = []
     with Scan.of(tree) as scan:
-        chunk(scan, SMALL, None, progress=lambda done, total: seen.append((done, total)))
+        chunk(scan, SMALL, pieces, progress=lambda done, total: seen.append((done, total)))
         assert seen[-1] == (scan.payload_bytes, scan.payload_bytes)
     assert seen == sorted(seen)
 
