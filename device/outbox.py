@@ -6,8 +6,8 @@ message still says what is.
 
 Invariants:
 
-* a report is identified by (epoch, sequence); an epoch is drawn when the table is made and names it for good, sequences
-  only grow inside it, so that no two reports ever share both;
+* a report is identified by (epoch, sequence); the epoch is drawn when the table is made and names it for
+  good, sequences only grow inside it, so that no two reports ever share both;
 * at most MAX_OUTBOX_REPORTS wait; what makes room is the oldest report of a step, and only when every one is a result
   the oldest of those, which is counted in ``lost`` for the state message to tell.
 
@@ -28,7 +28,8 @@ from edgesync import limits
 from edgesync.wire.mqtt import Report, encode
 
 OUTBOX = Migrations("outbox")
-EPOCH_BITS: Final = 52
+SALT_BITS: Final = 10
+MAX_EPOCH_MS: Final = 2**42
 
 _decoder = msgspec.json.Decoder(Report)
 
@@ -46,9 +47,16 @@ def m001_outbox(db: Database) -> None:
     db.conn.execute("create table outbox_meta (key text primary key, value integer not null)")
     db.conn.execute(
         "insert into outbox_meta values ('epoch', ?), ('sequence', 0), ('lost', 0), ('connection', 0)",
-        # Drawn, not counted: the table is made anew when state.db is lost, perhaps with a clock at 1970.
-        (1 + secrets.randbits(EPOCH_BITS),),
+        (_new_epoch(time.time_ns() // 1_000_000),),
     )
+
+
+def _new_epoch(utc_ms: int) -> int:
+    """Milliseconds first, so that a later outbox of the same device sorts later; then what no two share.
+
+    The table is made anew when ``state.db`` is lost, perhaps with a clock at 1970 both times.
+    """
+    return (min(max(utc_ms, 1), MAX_EPOCH_MS) << SALT_BITS) | secrets.randbits(SALT_BITS)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from device.outbox import Outbox
 from edgesync.errors import EdgeSyncError
 from edgesync.identity import Identity
 from edgesync.ids import DeviceId, GatewayId, PeerKey
-from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink, TlsIdentity, Will
+from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink, Will
 from edgesync.wire import mqtt, topics
 from edgesync.wire.topics import Kind
 
@@ -77,9 +77,7 @@ class Telemetry:
         self.link = MqttLink(
             client_id=device_id,
             brokers=brokers,
-            identity=TlsIdentity(
-                certificate_pem=identity.certificate_pem(), key_pem=identity.key_pem()
-            ),
+            identity=identity,
             allowed_keys=gateway_keys,
             subscriptions=self._subscriptions,
             will=self._will,

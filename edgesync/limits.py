@@ -115,6 +115,9 @@ MAX_MQTT_UNPROVEN: Final = 64
 MAX_MQTT_UNPROVEN_PER_ADDRESS: Final = 32
 MQTT_UNPROVEN_TIMEOUT_S: Final = 10.0
 MAX_MQTT_KEEPALIVE_S: Final = 600
+MAX_MQTT_PACKETS_S: Final = 100
+MAX_MQTT_PACKET_BURST: Final = 1000
+"""Packets one device may send at once and in the long run; above it the embedded broker reads more slowly."""
 MAX_MQTT_RETAINED: Final = 20_000
 
 # --- discovery -----------------------------------------------------------------------------------------------------

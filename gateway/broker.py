@@ -69,6 +69,10 @@ WINDOW: Final = 16
 WRITE_TIMEOUT_S: Final = 60.0
 """A client that takes or acknowledges nothing for so long is gone."""
 CLOSE_TIMEOUT_S: Final = 2.0
+GATEWAY_SHARE: Final = 20
+"""Times a device's bounds on packets and queues that a gateway has."""
+SUBSCRIBE_COST: Final = 10
+"""In packets: each makes the broker look through what it retains."""
 REFUSED: Final = 0x80
 
 
@@ -120,6 +124,12 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]  # amqtt carries no
         self.identity = identity
         self.certificate = certificate
         self.address = address
+        # A gateway hears all its devices at once; only its own process can make it slow.
+        share = GATEWAY_SHARE if identity.role == "gateway" else 1
+        self._max_queued = share * broker.max_queued
+        self._max_queued_bytes = share * limits.MAX_MQTT_QUEUED_BYTES
+        self._pace_share = share
+        self._paced_until = 0.0
         self.filters: set[str] = set()
         self.closed = asyncio.Event()
         self.ended = asyncio.Event()
@@ -131,6 +141,15 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]  # amqtt carries no
         self._window = asyncio.Semaphore(WINDOW)
         self._unacked: set[int] = set()
         self._next_id = 0
+
+    async def pace(self, cost: int) -> None:
+        """Read no faster than MAX_MQTT_PACKETS_S in the long run: one member must not have the whole processor."""
+        now = asyncio.get_running_loop().time()
+        rate = self._pace_share * limits.MAX_MQTT_PACKETS_S
+        self._paced_until = max(self._paced_until, now) + cost / rate
+        ahead_s = self._paced_until - now - limits.MAX_MQTT_PACKET_BURST / limits.MAX_MQTT_PACKETS_S
+        if ahead_s > 0:
+            await asyncio.sleep(ahead_s)
 
     def close(self, reason: str) -> None:
         """Ask for the end; ``ended`` tells when it is done."""
@@ -173,6 +192,7 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]  # amqtt carries no
             if isinstance(packet, DisconnectPacket):
                 self.close_reason = "disconnected"
                 return True
+            await self.pace(SUBSCRIBE_COST if isinstance(packet, SubscribePacket) else 1)
             await self._handle(packet)
 
     async def _handle(self, packet: Any) -> None:
@@ -217,9 +237,9 @@ class _Handler(BrokerProtocolHandler):  # type: ignore[misc]  # amqtt carries no
             old.retain = False
         self._queued_bytes += len(delivery.payload or b"")
         if (
-            self._queued_bytes > limits.MAX_MQTT_QUEUED_BYTES
+            self._queued_bytes > self._max_queued_bytes
             or len(self._queue) > limits.MAX_MQTT_RETAINED
-            or (delivery.payload is not None and len(self._queue) > self.broker.max_queued)
+            or (delivery.payload is not None and len(self._queue) > self._max_queued)
         ):
             self.close(f"reads too slowly: {len(self._queue)} messages wait")
         self._waiting.set()
@@ -510,6 +530,7 @@ class EmbeddedBroker(Broker):  # type: ignore[misc]  # amqtt carries no types
             await ConnackPacket.build(0, CONNECTION_ACCEPTED).to_stream(output)
         except BaseException:
             self._forget(handler)
+            handler.ended.set()
             raise
         keepalive_s = min(
             session.keep_alive or limits.MAX_MQTT_KEEPALIVE_S, limits.MAX_MQTT_KEEPALIVE_S
@@ -535,13 +556,13 @@ class EmbeddedBroker(Broker):  # type: ignore[misc]  # amqtt carries no types
 
     async def _make_room(self, handler: _Handler) -> None:
         """A second connection of the same key replaces the first; of another key it is refused."""
-        _, old = self._sessions.get(handler.identity.id, (None, None))
-        if isinstance(old, _Handler):
-            if old.identity.key != handler.identity.key:
-                raise _ClosedError(f"{handler.identity.id} is connected with another key")
+        identity = handler.identity
+        while isinstance(old := self._sessions.get(identity.id, (None, None))[1], _Handler):
+            if old.identity.key != identity.key:
+                raise _ClosedError(f"{identity.id} is connected with another key")
             old.close("taken over by a new connection")
             await old.ended.wait()
-        elif len(self._sessions) >= self._max_clients:
+        if len(self._sessions) >= self._max_clients and identity.role != "gateway":
             raise _ClosedError(f"{self._max_clients} clients are connected already")
 
     async def _serve(

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import aiomqtt
 from paho.mqtt.client import Client as PahoClient
@@ -66,6 +66,13 @@ class LinkConfig:
     max_queued_messages: int = limits.MAX_MQTT_QUEUED_MESSAGES
     max_queued_bytes: int = limits.MAX_MQTT_QUEUED_BYTES
     max_publishing: int = 32
+
+    @classmethod
+    def for_gateway(cls) -> Self:
+        """As the default, with room for one state, one progress and some reports of every device."""
+        return cls(
+            max_queued_messages=2 * limits.MAX_MQTT_RETAINED, max_queued_bytes=64 * limits.MIB
+        )
 
 
 @dataclass(frozen=True)
@@ -513,6 +520,7 @@ class MqttLink:
 
     async def _subscribe_again(self, client: aiomqtt.Client) -> None:
         try:
+            await asyncio.sleep(self.config.min_backoff_s)
             await self._subscribe(client)
         except (aiomqtt.MqttError, OSError) as exc:
             self._lose(_reason(exc))
