@@ -1,8 +1,9 @@
 """Becoming the owner of the data directory when a command is run by root.
 
 The service runs as a user of its own; a file that root wrote into its directory is one it cannot read. So a command
-started by root gives up being root for good before it opens the directory. Publishing keeps one privilege, reading any
-file (CAP_DAC_READ_SEARCH), because its input may be readable by root alone; it cannot write as root.
+started by root gives up being root for good before it opens the directory. A command keeps one privilege, reading any
+file (CAP_DAC_READ_SEARCH), because its input, or Python itself, may be readable by root alone; it cannot write as root.
+The daemon keeps none.
 """
 
 import ctypes
@@ -30,10 +31,11 @@ class _Data(ctypes.Structure):
     )
 
 
-def become_owner(path: Path, *, keep_reading: bool = False) -> None:
+def become_owner(path: Path, *, keep_reading: bool = True) -> None:
     """Run as ``path``'s owner from here on, if this process is root and the owner is not; else do nothing.
 
-    ``keep_reading`` keeps the right to read every file. Raises ConfigError: the kernel refuses.
+    ``keep_reading`` keeps the right to read every file. Raises ConfigError: the kernel refuses, or the owner could not
+    even read the program.
     """
     if os.geteuid() != 0:
         return
@@ -57,6 +59,11 @@ def become_owner(path: Path, *, keep_reading: bool = False) -> None:
             _set_capabilities(1 << _CAP_DAC_READ_SEARCH)
     except OSError as exc:
         raise ConfigError(f"cannot act as the owner of {path}: {exc.strerror or exc}") from exc
+    program = Path(os.__file__)
+    if not keep_reading and not os.access(program, os.R_OK):
+        raise ConfigError(
+            f"the owner of {path} cannot read {program.parent}: install edgesync where it can, or run this as it"
+        )
     # Root's HOME and the like are not the owner's; nothing of ours reads them, children of ours might.
     os.environ.pop("HOME", None)
     os.umask(0o077)

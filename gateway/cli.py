@@ -58,7 +58,7 @@ def mount(app: typer.Typer) -> None:
     app.command("events")(events)
 
 
-def _data_dir(data: Path | None, *, keep_reading: bool = False) -> "DataDir":
+def _data_dir(data: Path | None, *, keep_reading: bool = True) -> "DataDir":
     from edgesync.storage import datadir
     from gateway.acting import become_owner
 
@@ -192,7 +192,7 @@ def gateway_run(
     data: DataOption = None,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM."""
-    directory = _data_dir(data)
+    directory = _data_dir(data, keep_reading=False)
     settings = _settings(
         directory,
         {
@@ -208,6 +208,30 @@ def gateway_run(
     daemon.run(directory, settings)
 
 
+@gateway_app.command("broker-config")
+def gateway_broker_config(
+    broker: Annotated[str, typer.Argument(metavar="mosquitto|emqx", help="For which broker.")],
+    part: Annotated[str, typer.Option("--part", help="conf or acl.")] = "conf",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8883,
+    data: DataOption = None,
+) -> None:
+    """Print the configuration or the access rules of a broker of your own (give it to devices with broker = URL)."""
+    from edgesync.errors import UsageError
+    from gateway import broker_config, fleet
+
+    printers = {
+        ("mosquitto", "conf"): broker_config.mosquitto_conf,
+        ("mosquitto", "acl"): broker_config.mosquitto_acl,
+        ("emqx", "conf"): broker_config.emqx_conf,
+        ("emqx", "acl"): broker_config.emqx_acl,
+    }
+    if (broker, part) not in printers:
+        raise UsageError("say mosquitto or emqx, and --part conf or acl")
+    with _store(data) as store:
+        site = broker_config.BrokerSite(gateway=fleet.load(store).gateway_id, port=port)
+    typer.echo(printers[broker, part](site), nl=False)
+
+
 @gateway_app.command("status")
 def gateway_status(
     watch: Annotated[
@@ -217,6 +241,7 @@ def gateway_status(
     json: JsonOption = False,
 ) -> None:
     """Broker, devices, active bundles, bytes out, replication, metadata expiry and readable keys."""
+    import sys
     import time
 
     from edgesync.cli import output
@@ -228,8 +253,8 @@ def gateway_status(
             if json:
                 output.print_json(now)
             else:
-                if watch:
-                    typer.clear()
+                if watch and sys.stdout.isatty():
+                    typer.echo("\x1b[2J\x1b[H", nl=False)
                 _print_status(now)
             if not watch:
                 return
@@ -610,6 +635,8 @@ def publish_bundle(
     json: JsonOption = False,
 ) -> None:
     """Chunk, hash, store and sign a folder as one version of a bundle; the running gateway announces it."""
+    import dataclasses
+
     from edgesync import manifest
     from edgesync.cli import output
     from edgesync.errors import UsageError
@@ -629,7 +656,7 @@ def publish_bundle(
     if access not in {"fleet", "assigned"}:
         raise UsageError(f"--access {access!a} is not fleet or assigned")
     path = path.absolute()
-    directory = _data_dir(data, keep_reading=True)
+    directory = _data_dir(data)
     with (
         GatewayStore.open(directory) as store,
         output.Progress(f"publishing {name}@{version}") as progress,
@@ -648,24 +675,31 @@ def publish_bundle(
             progress=progress.update,
         )
     if json:
-        output.print_json({"schema": "edgesync.published/1", **published_json(published)})
+        output.print_json({"schema": "edgesync.published/1", **dataclasses.asdict(published)})
         return
     _print_published(published, dry_run=dry_run)
-
-
-def published_json(published: "Published") -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(published)
 
 
 def _print_published(published: "Published", *, dry_run: bool) -> None:
     from edgesync.cli import output
 
-    for key, value in published_json(published).items():
-        typer.echo(f"{key:<20} {output.clean(value)}")
-    if dry_run:
-        typer.echo("nothing was stored")
+    size = output.size
+    typer.echo(f"{published.name}@{published.version} ({published.kind}), id {published.id}")
+    if published.already_published:
+        typer.echo("published already with this content: nothing changed")
+    typer.echo(
+        f"payload  {size(published.payload_bytes)} in {published.files} files, {published.pieces} pieces"
+    )
+    typer.echo(f"wire     {size(published.wire_bytes)}, {size(published.new_wire_bytes)} of it new")
+    typer.echo(f"shared   {size(published.shared_bytes)} with earlier versions of {published.name}")
+    counter = published.release_counter
+    back = ", ".join(published.returnable) or "none"
+    typer.echo(f"counter  {counter}; versions devices can still return to: {back}")
+    for path in published.left_out:
+        typer.echo(f"left out {output.clean(path)}")
+    if published.left_out_count > len(published.left_out):
+        typer.echo(f"left out {published.left_out_count - len(published.left_out)} more")
+    typer.echo("dry run: nothing was stored" if dry_run else f"took {published.seconds:.1f} s")
 
 
 def assign(

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from edgesync import identity as identities
 from edgesync.errors import NotAuthorizedError
-from edgesync.ids import DeviceId, Digest, GatewayId, PeerIdentity, PeerKey
+from edgesync.ids import DeviceId, Digest, PeerIdentity, PeerKey
+from edgesync.trust import Trusted
 from gateway.service.devices import labels_of
 from gateway.site import site_of
 from gateway.store import GatewayStore
@@ -24,6 +24,8 @@ class Device:
     state: str
     site: str
     labels: Mapping[str, str]
+    address: str
+    """Where the gateway saw it last, ``HOST`` or ``HOST:PORT``."""
     local_addresses: tuple[str, ...]
     online: bool
 
@@ -56,6 +58,7 @@ def load(store: GatewayStore) -> Register:
                 row["state"],
                 site,
                 labels_of(row),
+                row["address"],
                 local,
                 bool(row["online"]),
             )
@@ -72,23 +75,23 @@ def load(store: GatewayStore) -> Register:
 
 
 class Judge:
-    """Who a certificate is to this gateway: itself by its key, else an accepted device of its own region."""
+    """Who a certificate is to this gateway: a gateway of ``trust/regions``, or an accepted device of its region."""
 
-    def __init__(self, *, gateway_id: GatewayId, gateway_key: PeerKey, authority: bytes) -> None:
-        """``authority`` is the region's certificate, DER."""
-        self._self = PeerIdentity("gateway", gateway_id, gateway_key)
-        self._authority = authority
+    def __init__(self, *, region: str) -> None:
+        self._region = region
+        self.trusted: Trusted | None = None
         self.register = Register()
 
     def __call__(self, der: bytes) -> PeerIdentity:
         """Raises NotAuthorizedError: a stranger, a device of another region, or one that is not accepted."""
-        key = identities.certificate_key(der)
-        if key == self._self.key:
-            return self._self
-        identities.check_issued(der, self._authority)
-        device = self.register.by_key.get(key)
+        if self.trusted is None:
+            raise NotAuthorizedError("this gateway has read no metadata yet")
+        peer = self.trusted.judge_certificate(der, region=self._region)
+        if peer.role == "gateway":
+            return peer
+        device = self.register.by_key.get(peer.key)
         if device is None or device.state != "accepted":
             raise NotAuthorizedError("this key is not that of an accepted device")
-        if identities.certificate_id(der) != device.id:
+        if peer.id != device.id:
             raise NotAuthorizedError(f"the certificate of {device.id} carries another name")
-        return PeerIdentity("device", device.id, key)
+        return peer

@@ -15,6 +15,7 @@ from edgesync.ids import DeviceId, GatewayId
 from edgesync.storage.datadir import DataDir
 from edgesync.trust import GatewayEntry, RegionEntry, Regions
 from gateway import certificates, fleet
+from gateway.acting import become_owner
 from gateway.config import QUIC_PORT, GatewaySettings
 from gateway.fleet import Fleet
 from gateway.repository import Repository
@@ -55,6 +56,11 @@ def init(
     addresses = _advertised(advertise)
     utc_now = time.time() if utc_now is None else utc_now
     gateway_id = GatewayId(f"gateway-{region}")
+    config_path = DataDir(path, "gateway").config
+    if not config_path.is_relative_to(path) and not DataDir.exists(path):
+        # Below /etc only root can write; from here on this process may be the directory's owner.
+        _write_settings(config_path, addresses)
+    become_owner(path)
     with DataDir.building(path, "gateway") as datadir:
         identity = self_signed(Identity.generate(gateway_id), gateway_id)
         certificates.create_identity(datadir.identity_key, datadir.identity_certificate, identity)
@@ -86,7 +92,7 @@ def init(
                     {"fleet": name},
                     utc_now=utc_now,
                 )
-        _write_settings(datadir, addresses)
+        _write_settings(config_path, addresses)
     return {
         "name": name,
         "fleet_id": fleet_id,
@@ -154,15 +160,15 @@ def _own_addresses() -> list[HostPort]:
     return found
 
 
-def _write_settings(datadir: DataDir, addresses: Sequence[HostPort]) -> None:
-    """Write the commented file, unless an operator put one there before."""
-    if datadir.config.exists():
+def _write_settings(path: Path, addresses: Sequence[HostPort]) -> None:
+    """Write the commented file, unless there is one: an operator's, or that of an attempt that was cut off."""
+    if path.exists():
         return
     text = config.render(
         GatewaySettings, "Settings of edgesync gateway", {"advertise": tuple(addresses)}
     )
     try:
-        datadir.config.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        certificates.write_new(datadir.config, text.encode(), mode=0o644)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as exc:
-        raise ConfigError(f"cannot write {datadir.config}: {exc.strerror or exc}") from exc
+        raise ConfigError(f"cannot make {path.parent}: {exc.strerror or exc}") from exc
+    certificates.write_new(path, text.encode(), mode=0o644)
