@@ -446,6 +446,8 @@ class Link:
     # --- datagrams
 
     def datagram_received(self, data: bytes, address: Address, now: float) -> None:
+        if self.quic.closing():
+            return
         self.last_received = now
         self.quic.receive_datagram(data, address, now)
 

@@ -6,6 +6,7 @@ to (``Stream.grant`` through ``set_stream_limit`` and ``set_connection_limit``),
 TLS bytes. It does no I/O and knows nothing of sessions. ``edgesync.transport.link`` drives it.
 """
 
+import logging
 import ssl
 from bisect import bisect_right
 from typing import Any, Final, cast
@@ -36,6 +37,10 @@ DATAGRAM_BYTES: Final = 1200
 CONNECTION_ID_BYTES: Final = 8
 BURST_S: Final = 0.002
 """Rate the pacer may release at once: timers are not set finer than a millisecond, so less would cap the rate."""
+
+logging.getLogger("quic").setLevel(
+    logging.ERROR
+)  # it warns of each bad packet: strangers would write our log
 
 _FREE_GAPS: Final = 64
 _BYTES_PER_GAP: Final = 256
