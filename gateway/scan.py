@@ -305,10 +305,16 @@ class _Ignore:
             return cls(None, root)
         except OSError as exc:
             raise InputError(f"cannot read {root / IGNORE_FILE}: {exc.strerror or exc}") from exc
-        with open(file, "rb") as stream:  # noqa: PTH123 - it is a descriptor
+        try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise InputError(f"{root / IGNORE_FILE} is not a regular file")
-            data = stream.read(limits.MAX_IGNORE_FILE_BYTES + 1)
+            data = b""
+            while part := os.read(file, limits.MAX_IGNORE_FILE_BYTES + 1 - len(data)):
+                data += part
+        except OSError as exc:
+            raise InputError(f"cannot read {root / IGNORE_FILE}: {exc.strerror or exc}") from exc
+        finally:
+            os.close(file)
         if len(data) > limits.MAX_IGNORE_FILE_BYTES:
             raise InputError(
                 f"{root / IGNORE_FILE} has more than {limits.MAX_IGNORE_FILE_BYTES} bytes"
