@@ -18,7 +18,7 @@ MAX_ENDED = 64
 
 @EXECUTIONS()
 def create(db: Database) -> None:
-    db["executions"].create(
+    db.table("executions").create(
         {
             "digest": str,
             "name": str,
@@ -35,13 +35,6 @@ def create(db: Database) -> None:
             "pieces_have": int,
         },
         pk="digest",
-        defaults={
-            "step": "",
-            "reason": "",
-            "payload_bytes": 0,
-            "pieces_total": 0,
-            "pieces_have": 0,
-        },
     )
 
 

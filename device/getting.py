@@ -15,7 +15,14 @@ from typing import Any
 
 from edgesync import manifest
 from edgesync.cli.output import Progress
-from edgesync.errors import ConflictError, NotFoundError, StorageError, UnsafePathError, UsageError
+from edgesync.errors import (
+    ConflictError,
+    NotFoundError,
+    StorageError,
+    UnsafePathError,
+    UsageError,
+    VerificationError,
+)
 from edgesync.io import control
 
 
@@ -26,7 +33,7 @@ def parse(bundle: str) -> tuple[str, str | None]:
         manifest.check_name(name)
         if at:
             manifest.check_version(version)
-    except manifest.VerificationError as exc:
+    except VerificationError as exc:
         raise UsageError(str(exc)) from exc
     return name, version if at else None
 

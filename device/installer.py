@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
-from device.activation import TreeDamagedError
 from device.bundle_store import BundleStore, HeldBundle, StagedBundle
 from device.executions import Execution, Executions
 from device.metadata import Metadata
@@ -25,6 +24,7 @@ from edgesync.errors import (
     NotFoundError,
     StorageError,
     TransportError,
+    TreeDamagedError,
     VerificationError,
 )
 from edgesync.ids import BundleName, Digest, Version

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edgesync.errors import (
     ConfigError,
     ConflictError,
     EdgeSyncError,
+    ErrorCode,
     NotAuthorizedError,
     PeerUnreachableError,
     StateCorruptError,
@@ -31,13 +33,21 @@ from edgesync.errors import (
     UsageError,
 )
 from edgesync.identity import Identity
-from edgesync.ids import DeviceId, GatewayId, PeerKey
+from edgesync.ids import DeviceId, GatewayId, PeerKey, PieceId
 from edgesync.jointoken import JoinToken
 from edgesync.manifest import NAME_PATTERN
 from edgesync.storage.atomic import replace_file
 from edgesync.storage.datadir import DataDir
-from edgesync.transport.endpoint import Endpoint, EndpointConfig, JoinConnection
-from edgesync.wire.messages import Join, Joined, JoinRefused, join_payload
+from edgesync.transport.connection import JoinConnection, PeerConnection, PieceAnswer
+from edgesync.transport.endpoint import Endpoint, EndpointConfig
+from edgesync.wire.messages import (
+    ControlMessage,
+    Join,
+    Joined,
+    JoinRefused,
+    Request,
+    join_payload,
+)
 
 JOIN_TIMEOUT_S = 15.0
 _REFUSALS = {
@@ -81,9 +91,7 @@ class Membership:
             raise ConfigError(f"{data.join_file} is damaged: join again with a new token") from exc
 
     def save(self, data: DataDir) -> None:
-        replace_file(
-            data.join_file, json.dumps(self.__dict__, indent=1).encode() + b"\n", mode=0o600
-        )
+        write_file(data.join_file, json.dumps(self.__dict__, indent=1).encode() + b"\n", mode=0o600)
 
 
 def join(
@@ -106,7 +114,7 @@ def join(
         flags = {"gateway_quic": gateway_quic} if gateway_quic else {}
         data.config.parent.mkdir(parents=True, exist_ok=True)
         text = config.render(AgentSettings, "Settings of the EdgeSync agent", flags)
-        replace_file(data.config, text.encode(), mode=0o644)
+        write_file(data.config, text.encode(), mode=0o644)
     return _told(membership)
 
 
@@ -154,12 +162,17 @@ def load_or_make_identity(data: DataDir) -> Identity:
     """The machine's key and, when there is one, its certificate. Raises StateCorruptError."""
     if not data.identity_key.exists():
         identity = Identity.generate()
-        replace_file(data.identity_key, identity.key_pem(), mode=0o600)
+        write_file(data.identity_key, identity.key_pem(), mode=0o600)
         return identity
     certificate = data.identity_certificate
     return Identity.from_pem(
         data.identity_key.read_bytes(), certificate.read_bytes() if certificate.exists() else None
     )
+
+
+def write_file(path: Path, data: bytes, *, mode: int) -> None:
+    """Write or replace a file durably. Raises StorageError."""
+    replace_file(path.parent, path.name, data, mode=mode)
 
 
 def _directory(path: Path) -> DataDir:
@@ -201,7 +214,7 @@ async def _ask(
         port=0,
         identity=identity,
         judge=_nobody,
-        handler=None,
+        handler=_Nobody(),
         config=EndpointConfig(),
     )
     try:
@@ -249,9 +262,34 @@ async def _ask(
     )
     if reply.certificate:
         whole = identity.with_certificate(reply.certificate)
-        replace_file(data.identity_certificate, whole.certificate_pem(), mode=0o644)
+        write_file(data.identity_certificate, whole.certificate_pem(), mode=0o644)
     membership.save(data)
     return membership
+
+
+class _Nobody:
+    """Handler of an endpoint that only asks."""
+
+    async def connected(self, conn: PeerConnection) -> None:
+        await conn.close(ErrorCode.UNEXPECTED, "this machine has not joined")
+
+    async def disconnected(self, conn: PeerConnection, error: EdgeSyncError) -> None:
+        pass
+
+    async def message(self, conn: PeerConnection, message: ControlMessage) -> None:
+        pass
+
+    async def serve(self, conn: PeerConnection, request: Request) -> AsyncIterator[PieceAnswer]:
+        for piece in request.pieces:
+            yield PieceAnswer(PieceId(piece), missing="refused")
+
+    async def serve_fetch(self, conn: PeerConnection | None, name: str) -> bytes | None:
+        return None
+
+    async def serve_join(
+        self, address: tuple[str, int], join: Join, server_certificate_sha256: bytes
+    ) -> Joined | JoinRefused:
+        return JoinRefused(reason="rejected", text="a device takes no joins")
 
 
 def _nobody(_certificate: bytes) -> Any:
