@@ -156,6 +156,8 @@ class Announcer:
         sequences = await self._next_commands([device for device, _epoch in acks])
         now = time.time()
         for (device, epoch), stored in acks.items():
+            if device not in sequences:
+                continue  # It left the register meanwhile.
             for start in range(0, len(stored), limits.MAX_ACKED_REPORTS):
                 command = wire.Cmd(
                     device=device,

@@ -211,25 +211,17 @@ def gateway_run(
 @gateway_app.command("broker-config")
 def gateway_broker_config(
     broker: Annotated[str, typer.Argument(metavar="mosquitto|emqx", help="For which broker.")],
-    part: Annotated[str, typer.Option("--part", help="conf or acl.")] = "conf",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8883,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Where it shall listen.")
+    ] = 8883,
     data: DataOption = None,
 ) -> None:
-    """Print the configuration or the access rules of a broker of your own (give it to devices with broker = URL)."""
-    from edgesync.errors import UsageError
+    """Print configuration and access rules for a broker of your own; devices use it with the setting broker."""
     from gateway import broker_config, fleet
 
-    printers = {
-        ("mosquitto", "conf"): broker_config.mosquitto_conf,
-        ("mosquitto", "acl"): broker_config.mosquitto_acl,
-        ("emqx", "conf"): broker_config.emqx_conf,
-        ("emqx", "acl"): broker_config.emqx_acl,
-    }
-    if (broker, part) not in printers:
-        raise UsageError("say mosquitto or emqx, and --part conf or acl")
     with _store(data) as store:
         site = broker_config.BrokerSite(gateway=fleet.load(store).gateway_id, port=port)
-    typer.echo(printers[broker, part](site), nl=False)
+    typer.echo(broker_config.broker_config(broker, site), nl=False)
 
 
 @gateway_app.command("status")

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from edgesync.cli import main as cli
+from edgesync.storage.datadir import DataDir
+from gateway.store import GatewayStore
+
+
+@pytest.fixture
+def edgesync(tmp_path, capsys, monkeypatch):
+    """Run a command as typed; returns (exit code, stdout, stderr)."""
+    monkeypatch.delenv("EDGESYNC_DATA", raising=False)
+    app = cli.build()
+
+    def run(*arguments, data=tmp_path / "gw"):
+        given = [*arguments, "--data", str(data)] if data else list(arguments)
+        monkeypatch.setattr("sys.argv", ["edgesync", *given])
+        monkeypatch.setattr(cli, "build", lambda: app)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def fleet(edgesync):
+    code, out, err = edgesync(
+        "gateway", "init", "acme", "--advertise", "127.0.0.1:7443", "--region", "eu", "--json"
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out)["schema"] == "edgesync.gateway-init/1"
+    return edgesync
+
+
+def add_device(tmp_path, device_id, state="accepted"):
+    with GatewayStore.open(DataDir.open(tmp_path / "gw", "gateway")) as store, store.atomic() as db:
+        db.conn.execute(
+            "INSERT INTO devices (id, key, region, labels, hardware, state, joined) "
+            "VALUES (?, ?, 'eu', '{}', '', ?, 0)",
+            (device_id, device_id.encode().hex().ljust(64, "0"), state),
+        )
+
+
+def test_every_command_without_a_fleet_says_what_to_do(edgesync):
+    for command in (
+        ("gateway", "run"),
+        ("gateway", "status"),
+        ("token", "create"),
+        ("token", "list"),
+        ("device", "list"),
+        ("assign", "app", "--all"),
+        ("events",),
+    ):
+        code, out, err = edgesync(*command)
+        assert (code, out) == (78, "")
+        assert err.startswith("edgesync: no gateway in ")
+        assert err.count("\n") == 1
+
+
+def test_token_create_prints_the_join_command(fleet):
+    code, out, _err = fleet("token", "create", "--ttl", "10m", "--site", "lab", "--label", "rack=2")
+    assert code == 0
+    token = next(line for line in out.splitlines() if line.startswith("es1"))
+    assert f"echo {token} | edgesync agent join --token-file -" in out.splitlines()
+    told = json.loads(fleet("token", "create", "--uses", "3", "--json")[1])
+    assert set(told) >= {"schema", "token", "join_command", "expires"}
+    assert told["pending"]
+    assert "active" in fleet("token", "list")[1]
+    assert fleet("token", "revoke", told["id"])[0] == 0
+    assert json.loads(fleet("token", "list", "--json")[1])["tokens"][0]["state"] == "revoked"
+    assert fleet("token", "revoke", "nosuch")[0] == 6
+    assert fleet("token", "create", "--ttl", "soon")[0] == 2
+    assert fleet("token", "create", "--label", "x")[0] == 2
+
+
+def test_publish_assign_status_and_events(fleet, tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a.txt").write_text("hello")
+    code, out, _err = fleet("publish", "bundle", str(tree), "app@1", "--json")
+    published = json.loads(out)
+    assert (code, published["schema"], published["payload_bytes"]) == (0, "edgesync.published/1", 5)
+    (tree / "a.txt").write_text("other")
+    code, _out, err = fleet("publish", "bundle", str(tree), "app@1")
+    assert (code, "already" in err) == (1, True)
+    assert fleet("publish", "bundle", str(tree), "--name", "app", "--version", "2")[0] == 0
+    assert fleet("publish", "bundle", str(tree), "app")[0] == 2
+    assert fleet("publish", "bundle", str(tree), "App@1")[0] == 2
+    assert fleet("publish", "bundle", str(tree), "app@3", "--kind", "music")[0] == 2
+    add_device(tmp_path, "cam-1")
+    add_device(tmp_path, "cam-2", "pending")
+    assert fleet("assign", "app", "--all")[1] == "app@2 is assigned to 1 device\n"
+    assert fleet("assign", "app@1", "--device", "cam-2")[0] == 1
+    assert fleet("assign", "app@9", "--all")[0] == 6
+    assert fleet("assign", "app")[0] == 2
+    code, _out, err = fleet("assign", "app@1", "--all", "--wait", "--timeout", "0")
+    assert (code, err.count("\n")) == (4, 1)
+    assert fleet("device", "accept", "cam-2")[1] == "accepted 1: cam-2\n"
+    assert json.loads(fleet("device", "show", "cam-2", "--json")[1])["state"] == "accepted"
+    assert fleet("device", "label", "cam-2", "site=roof", "gone-")[1] == "cam-2: site=roof\n"
+    assert "cam-2" in fleet("device", "list", "-l", "site=roof")[1]
+    assert "cam-1" not in fleet("device", "list", "-l", "site=roof")[1]
+    told = json.loads(fleet("gateway", "status", "--json")[1])
+    assert (told["schema"], told["devices"]["accepted"], told["min_site_replication"]) == (
+        "edgesync.gateway-status/1",
+        2,
+        None,
+    )
+    assert told["bundles"][0]["version"] == "1"
+    assert fleet("gateway", "status")[0] == 0
+    assert fleet("unassign", "app", "--all")[1] == "app is no longer assigned to 1 device\n"
+    events = [json.loads(line) for line in fleet("events")[1].splitlines()]
+    assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+    later = [
+        json.loads(line)
+        for line in fleet("events", "--since", str(events[-2]["id"]))[1].splitlines()
+    ]
+    assert later == events[-1:]
+    assert json.loads(fleet("events", "-l", "kind=device.accepted")[1])["subject"] == "device:cam-2"
+
+
+def test_role_neutral_commands(fleet, tmp_path):
+    (tmp_path / "file").write_text("x")
+    fleet("publish", "bundle", str(tmp_path / "file"), "app@1")
+    assert "app@1" in fleet("bundle", "list")[1]
+    assert fleet("bundle", "show", "app@1")[0] == 0
+    assert fleet("bundle", "verify", "app@1")[0] == 0
+    assert fleet("bundle", "verify", "app@2")[0] == 6
+    add_device(tmp_path, "cam-1")
+    fleet("assign", "app@1", "--all")
+    assert fleet("bundle", "remove", "app@1")[0] == 1
+    fleet("unassign", "app", "--all")
+    assert fleet("bundle", "remove", "app@1")[0] == 0
+    assert "advertise" in fleet("config", "show", "--origin")[1]
+
+
+def test_a_wrong_setting_names_file_and_key(fleet, tmp_path):
+    with (tmp_path / "gw/gateway.toml").open("a") as file:
+        file.write("upload_limmit = 1\n")
+    code, _out, err = fleet("gateway", "run")
+    assert code == 78
+    assert "gateway.toml: unknown key 'upload_limmit'; did you mean 'upload_limit'?" in err
+
+
+def test_remote_names_cannot_drive_the_terminal(fleet, tmp_path):
+    add_device(tmp_path, "cam-1")
+    with GatewayStore.open(DataDir.open(tmp_path / "gw", "gateway")) as store, store.atomic() as db:
+        db.conn.execute(
+            "UPDATE devices SET waiting = ?, agent_version = ?", ("\x1b[2Jgone", "\u202e1")
+        )
+        store.emit("device:cam-1", "device.joined", "device:cam-1", {"agent": "\x1b]0;x\x07"})
+    for command in (("device", "list"), ("device", "show", "cam-1"), ("events",)):
+        out = fleet(*command)[1]
+        assert not any(character in out for character in "\x1b\x07\u202e")
+
+
+def test_broker_config(fleet):
+    assert "gateway-eu" in fleet("gateway", "broker-config", "mosquitto")[1]
+    assert fleet("gateway", "broker-config", "hivemq")[0] == 2
