@@ -22,6 +22,7 @@ import math
 import os
 import random
 import ssl
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -223,6 +224,49 @@ class _Intake:
         return await never
 
 
+class _Client(aiomqtt.Client):
+    """aiomqtt's client, connecting on a thread of its own.
+
+    Resolving a name cannot be interrupted. Stock does it on the event loop's common threads, where a few attempts on a
+    dead resolver leave none for anybody else, and where the program waits for them before it can end.
+    """
+
+    def begin_connect(self) -> "asyncio.Future[Exception | None]":
+        """Start connecting. The future holds what went wrong, or None; it is never cancelled by who waits for it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Exception | None] = loop.create_future()
+
+        def finish(outcome: Exception | None) -> None:
+            if not done.done():
+                done.set_result(outcome)
+
+        def connect() -> None:
+            try:
+                self._client_connect()
+            except Exception as exc:  # noqa: BLE001  handed to whoever waits
+                outcome: Exception | None = exc
+            else:
+                outcome = None
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the program ends
+                loop.call_soon_threadsafe(finish, outcome)
+
+        threading.Thread(target=connect, name="mqtt-connect", daemon=True).start()
+        return done
+
+    async def wait_accepted(self) -> None:
+        """Wait for CONNACK. Raises MqttError."""
+        await self._wait_for(self._connected, timeout=None)
+
+    @property
+    def is_open(self) -> bool:
+        accepted = self._connected
+        return accepted.done() and not accepted.exception() and not self._disconnected.done()
+
+    def close_socket(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._client._sock_close()  # noqa: SLF001  see the check at import
+
+
 class MqttLink:
     """Run ``run()`` as a task for as long as the link is wanted; cancelling it says goodbye to the broker."""
 
@@ -265,6 +309,8 @@ class MqttLink:
             else None
         )
         self._client: aiomqtt.Client | None = None
+        self._attempt: _Client | None = None
+        self._connecting: asyncio.Future[Exception | None] | None = None
         self._lost: asyncio.Future[None] | None = None
         self._up = asyncio.Event()
         self._kick = asyncio.Event()
@@ -404,11 +450,11 @@ class MqttLink:
             client = self._make_client(broker)
         except EdgeSyncError as exc:
             return str(exc)
+        self._attempt = client
         self._lost = asyncio.get_running_loop().create_future()
         try:
             try:
-                async with asyncio.timeout(2 * self.config.connect_timeout_s):
-                    await client.__aenter__()
+                await self._connect(client)
             except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
                 return f"{broker} cannot be reached: {_reason(exc)}"
             self._client = client
@@ -423,12 +469,29 @@ class MqttLink:
             if self._up.is_set():
                 self._last_connected = time.time()
             self._up.clear()
-            self._client = None
+            self._client = self._attempt = None
             if not self._lost.done():
                 self._lost.set_result(None)
             if self._resubscribing:
                 self._resubscribing.cancel()
             await self._close(client)
+
+    async def _connect(self, client: _Client) -> None:
+        """Raises MqttError, OSError, TimeoutError."""
+        async with asyncio.timeout(2 * self.config.connect_timeout_s):
+            if self._connecting is not None:
+                await asyncio.shield(self._connecting)  # one attempt at a time, also given-up ones
+            self._connecting = connecting = client.begin_connect()
+            connecting.add_done_callback(lambda _: self._connect_ended(client, connecting))
+            if (error := await asyncio.shield(connecting)) is not None:
+                raise OSError(str(error)) from error
+            await client.wait_accepted()
+
+    def _connect_ended(self, client: _Client, connecting: asyncio.Future[Any]) -> None:
+        if self._connecting is connecting:
+            self._connecting = None
+        if self._attempt is not client:
+            client.close_socket()  # nobody waits for it any more
 
     async def _serve(self, client: aiomqtt.Client) -> None:
         """Returns when the link gives up; raises MqttError when the connection ends."""
@@ -467,13 +530,13 @@ class MqttLink:
             if code >= 0x80:
                 raise aiomqtt.MqttError(f"the broker does not let us read {topic}")
 
-    def _make_client(self, broker: BrokerAddress) -> aiomqtt.Client:
+    def _make_client(self, broker: BrokerAddress) -> _Client:
         will = self._will()
         if will:
             check_size(parse(will.topic), will.payload)
         if broker.tls and self._tls is None:
             raise ProtocolError("this machine has no certificate to show to a broker")
-        client = aiomqtt.Client(
+        client = _Client(
             broker.host,
             broker.port,
             identifier=self.client_id,
@@ -530,15 +593,13 @@ class MqttLink:
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)
 
-    async def _close(self, client: aiomqtt.Client) -> None:
+    async def _close(self, client: _Client) -> None:
         """Say goodbye if anyone listens, and leave no socket behind in any case."""
         with contextlib.suppress(aiomqtt.MqttError, OSError, TimeoutError):
             async with asyncio.timeout(2.0):
-                if client._connected.done() and not client._disconnected.done():  # noqa: SLF001
+                if client.is_open:
                     await client.__aexit__(None, None, None)
-        paho = client._client  # noqa: SLF001
-        with contextlib.suppress(OSError, ValueError):
-            paho._sock_close()  # noqa: SLF001
+        client.close_socket()
 
 
 async def _until_lost(client: aiomqtt.Client) -> None:

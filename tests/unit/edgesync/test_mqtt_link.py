@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -174,3 +175,34 @@ async def test_publish_without_a_connection_answers_at_once() -> None:
         await lonely.publish("es1/nowhere", b"x", qos=1)
     with pytest.raises(EdgeSyncError):
         await lonely.publish(str(REPORT), bytes(100_000), qos=1)
+
+
+async def test_a_name_that_does_not_resolve_blocks_neither_threads_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, release = 0, threading.Event()
+
+    def stuck(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        release.wait(30)
+        raise OSError("no such name")
+
+    monkeypatch.setattr("socket.create_connection", stuck)
+    lonely = MqttLink(
+        client_id="a",
+        brokers=lambda: ["mqtt://localhost:1"],
+        identity=None,
+        allowed_keys=set,
+        subscriptions=list,
+        config=LinkConfig(min_backoff_s=0.01, max_backoff_s=0.01, connect_timeout_s=0.05),
+    )
+    task = asyncio.create_task(lonely.run())
+    await until(lambda: "no answer in time" in lonely.last_error)
+    await asyncio.wait_for(asyncio.to_thread(lambda: None), 1)
+    assert asked == 1, "attempts do not pile up behind a dead resolver"
+    release.set()
+    await until(lambda: asked > 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 1)
