@@ -19,6 +19,7 @@ from aioquic.quic.connection import (
     MAX_STREAM_DATA_FRAME_CAPACITY,
     QuicConnection,
     QuicConnectionError,
+    QuicConnectionState,
     QuicReceiveContext,
 )
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicStreamFrame
@@ -245,6 +246,10 @@ class BoundedQuicConnection(QuicConnection):
     def closing(self) -> bool:
         return self._close_event is not None
 
+    def heard(self) -> bool:
+        """Whether any packet of the peer could be decrypted."""
+        return self._state is not QuicConnectionState.FIRSTFLIGHT
+
     def smoothed_rtt(self) -> float:
         return self._loss._rtt_smoothed  # noqa: SLF001
 
@@ -352,6 +357,7 @@ def _check_private_names() -> None:
         "_spaces",
         "_crypto_streams",
         "_close_event",
+        "_state",
         "_get_or_create_stream_for_send",
         "_handle_crypto_frame",
         "_write_connection_limits",

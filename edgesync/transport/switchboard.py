@@ -28,7 +28,7 @@ from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.retry import QuicRetryTokenHandler
 
 from edgesync import limits
-from edgesync.errors import PeerBusyError, PeerUnreachableError
+from edgesync.errors import PeerBusyError, PeerUnreachableError, TransportError
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link, LinkOwner
 from edgesync.transport.quic import CONNECTION_ID_BYTES, BoundedQuicConnection
@@ -151,9 +151,14 @@ class Switchboard:
                 link = self._stranger(data, address)
         else:
             return
-        if link is not None:
-            link.datagram_received(data, address, self._loop.time())
+        if link is None:
+            return
+        link.datagram_received(data, address, self._loop.time())
+        if link.quic.heard() or link.dialed:
             self._touched[link] = None
+        else:
+            # Noise, or the late answer to a dial that was given up: no reason to keep a stranger's place.
+            link.lost(TransportError("what came was no client's first packet"))
 
     def _batch_done(self) -> None:
         touched, self._touched = self._touched, {}
