@@ -36,6 +36,17 @@ NOT_BEFORE: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 NOT_AFTER: Final = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
 _AUTHORITY_UNIT: Final = "EdgeSync region CA"
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
+"""What ``cryptography`` raises about a certificate that is not what it seems."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Identity:
             return cls(private_key)
         try:
             certificate = x509.load_pem_x509_certificate(certificate_pem)
-        except (ValueError, TypeError) as exc:
+        except _UNREADABLE as exc:
             raise StateCorruptError(f"the certificate cannot be read: {exc}") from exc
         return cls(private_key).with_certificate(certificate.public_bytes(Encoding.DER))
 
@@ -149,7 +160,7 @@ class CertificateAuthority:
         try:
             certificate = x509.load_pem_x509_certificate(certificate_pem)
             belongs = _key_of(certificate) == raw_key(key.public_key()).hex()
-        except (ValueError, TypeError, NotAuthorizedError) as exc:
+        except (*_UNREADABLE, NotAuthorizedError) as exc:
             raise StateCorruptError(f"the region's certificate cannot be read: {exc}") from exc
         if not belongs:
             raise StateCorruptError("the region's certificate is for another key")
@@ -199,7 +210,10 @@ def certificate_id(der: bytes) -> str:
 
 def certificate_issuer(der: bytes) -> str:
     """The region whose authority a certificate says it is from, unverified; empty if it says none."""
-    names = _load(der).issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = _load(der).issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except _UNREADABLE as exc:
+        raise NotAuthorizedError("a certificate's issuer cannot be read") from exc
     return str(names[0].value) if len(names) == 1 else ""
 
 
@@ -211,7 +225,7 @@ def authority_region(ca_der: bytes) -> str:
     try:
         constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
         authority.verify_directly_issued_by(authority)
-    except (x509.ExtensionNotFound, InvalidSignature, ValueError, TypeError) as exc:
+    except _UNREADABLE as exc:
         raise NotAuthorizedError("an authority's certificate does not hold") from exc
     if not constraints.ca:
         raise NotAuthorizedError("a member's certificate is not an authority's")
@@ -226,9 +240,7 @@ def check_issued(der: bytes, ca_der: bytes) -> None:
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         certificate.verify_directly_issued_by(authority)
-    except x509.ExtensionNotFound as exc:
-        raise NotAuthorizedError("the certificate does not say what it may do") from exc
-    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm) as exc:
+    except _UNREADABLE as exc:
         raise NotAuthorizedError("the certificate was not issued by this region") from exc
     if constraints.ca:
         raise NotAuthorizedError("an authority's certificate is not a member's")
@@ -256,14 +268,14 @@ def _load(der: bytes) -> x509.Certificate:
         )
     try:
         return x509.load_der_x509_certificate(der)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+    except _UNREADABLE as exc:
         raise NotAuthorizedError("a certificate cannot be read") from exc
 
 
 def _key_of(certificate: x509.Certificate) -> PeerKey:
     try:
         key = certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except _UNREADABLE as exc:
         raise NotAuthorizedError("a certificate's key cannot be read") from exc
     if not isinstance(key, Ed25519PublicKey):
         raise NotAuthorizedError("a certificate's key is not an Ed25519 key")
@@ -282,7 +294,7 @@ def _name_of(certificate: x509.Certificate, *, authority: bool = False) -> str:
             ).value
             if list(alternatives) != [x509.DNSName(name)]:
                 raise NotAuthorizedError(f"the certificate of {name} carries other names too")
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as exc:
+    except _UNREADABLE as exc:
         raise NotAuthorizedError("a certificate's names cannot be read") from exc
     return name
 

@@ -1,7 +1,8 @@
 """What a verified set of metadata says: bundles, regions, and who a certificate belongs to.
 
 It is built from a TrustedMetadataSet that has passed every check, and keeps none of python-tuf's objects, since a
-device holds a view for as long as it runs. What is listed but contradicts itself is left out, with a sentence in ``problems``.
+device holds a view for as long as it runs. What is listed but contradicts itself is left out, with a sentence in
+``problems``.
 """
 
 from collections.abc import Iterator, Mapping
