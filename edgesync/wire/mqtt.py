@@ -180,6 +180,8 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     assignment_sequence: Sequence = 0
     outbox: Count = 0
     """Reports not acknowledged yet."""
+    reports_lost: Count = 0
+    """Results dropped from a full outbox since it was made."""
 
 
 class Report(Struct, frozen=True, kw_only=True, omit_defaults=True):
