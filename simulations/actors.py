@@ -247,17 +247,17 @@ class Device:
                 event = g.LeaseAsked(self.key, MANIFEST, count, unavailable)
                 self._tell_gateway(event)
             case d.Dial(peer, _addresses):
-                other = self._gateway.devices.get(peer)
-                if other is not None:
-                    self._kernel.after(0.01, lambda: self.join(other))
+                named = self._gateway.devices.get(peer)
+                if named is not None:
+                    self._kernel.after(0.01, lambda: self.join(named))
             case d.Announce(pieces):
-                for peer in self.peers.values():
+                for other in self.peers.values():
                     have = d.PeerHave(self.key, pieces)
                     self._network.send(
                         self.key,
-                        peer.key,
+                        other.key,
                         MESSAGE_BYTES,
-                        lambda peer=peer, have=have: peer.feed(have),  # type: ignore[misc]
+                        lambda other=other, have=have: other.feed(have),  # type: ignore[misc]
                     )
             case d.ReportDurable(pieces, fetched_from):
                 sources = () if fetched_from is None else (fetched_from,)

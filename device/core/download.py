@@ -104,6 +104,7 @@ class Download:
         self._lease_silences = 0
         self._lease_at = now
         self._lease_was_empty = False
+        self._begged = 0
         self._unseen_since: float | None = None
         self._recent_bytes = 0.0
         self._recent_at = now
@@ -227,6 +228,7 @@ class Download:
     def _on_lease(self, lease: LeaseReceived, effects: list[DownloadEffect], *, now: float) -> None:
         self._lease_asked_at = None
         self._lease_silences = 0
+        begged, self._begged = self._begged, 0
         self._lease_was_empty = not any(grant.primary == GATEWAY for grant in lease.grants)
         least = EMPTY_LEASE_RETRY_S if self._lease_was_empty else 0.0
         self._lease_at = now + max(lease.retry_after_s, least)
@@ -235,10 +237,9 @@ class Download:
         wanted: list[int] = []
         for grant in lease.grants:
             if grant.primary == GATEWAY:
-                # What a peer holds by now is fetched there: it costs the gateway nothing.
-                starved = grant.backup == GATEWAY
+                # What a peer holds by now is fetched there, unless it was asked for because no peer gives it.
                 if self.picker.is_free(grant.piece) and (
-                    starved or not self.picker.has_usable(grant.piece)
+                    begged >> grant.piece & 1 or not self.picker.has_usable(grant.piece)
                 ):
                     wanted.append(grant.piece)
                 continue
@@ -545,6 +546,7 @@ class Download:
             max(1, self.picker.free.bit_count()),
         )
         self._lease_asked_at = now
+        self._begged = mask_of(unavailable)
         effects.append(AskLease(count, tuple(sorted(unavailable))))
 
     def _note_bytes(self, plain_bytes: int, *, now: float) -> None:

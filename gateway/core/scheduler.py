@@ -446,8 +446,7 @@ class Scheduler:
         named: list[PeerKey] = []
         begged = self._begged(event, swarm, member, missing, named, now=now)
         granted = self._from_gateway(swarm, member, missing & ~covered, count, now=now)
-        grants = [Granted(piece, GATEWAY, GATEWAY) for piece in begged]
-        grants += [Granted(piece, GATEWAY, PeerKey("")) for piece in granted]
+        grants = [Granted(piece, GATEWAY, GATEWAY) for piece in (*begged, *granted)]
         for piece in (*begged, *granted):
             member.leased |= 1 << piece
             swarm.in_flight |= 1 << piece
