@@ -421,13 +421,13 @@ class _Publisher:
                         self._take_piece(piece)
                     if not self._is_large(slot.files):
                         self._end_file(slot.files[number], result.sha256)
+                if self._batch_bytes >= BATCH_BYTES:
+                    self._flush()
             if not slot.finished:
                 break
             if slot.boundaries is not None:
                 self._end_file(slot.files[0], slot.boundaries.sha256)
             self._slots.popleft()
-        if self._batch_bytes >= BATCH_BYTES:
-            self._flush()
         if self._progress is not None:
             self._progress(self._done, self._total)
 
