@@ -5,7 +5,7 @@ implementation of the repository only as far as tests need one, and is no part o
 """
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner
@@ -95,9 +95,9 @@ class FleetMetadata:
         *,
         kind: str = "files",
         path: str | None = None,
-        **custom: Any,
+        custom: Mapping[str, Any] | None = None,
     ) -> str:
-        """List a bundle; keywords change or add to its custom data. Returns its digest."""
+        """List a bundle; ``custom`` changes or adds to its custom data. Returns its digest."""
         self.published += 1
         data = f"{kind}/{name}@{version}".encode()
         path = path if path is not None else data.decode()
@@ -111,7 +111,7 @@ class FleetMetadata:
                 "published_seq": self.published,
                 "hardware": [],
             }
-            | custom
+            | dict(custom or {})
         }
         self.bundles.targets[path] = target
         return manifest.digest(data)
