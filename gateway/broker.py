@@ -60,6 +60,8 @@ from edgesync.wire import topics
 from edgesync.wire.topics import Topic
 
 logger = logging.getLogger(__name__)
+for _chatty in ("amqtt", "transitions"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 if not hasattr(SSLProtocol, "max_size"):
     raise ImportError("asyncio's TLS no longer has max_size, which gateway.broker relies on")

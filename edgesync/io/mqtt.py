@@ -41,6 +41,9 @@ from edgesync.io.broker_url import BrokerAddress, parse_broker_url
 from edgesync.wire.topics import Kind, Topic, check_size, parse
 
 logger = logging.getLogger(__name__)
+# What the libraries call errors are ordinary events of a link that comes and goes; it tells them once, as a sentence.
+_library_logger = logging.getLogger(f"{__name__}.library")
+_library_logger.setLevel(logging.CRITICAL)
 
 # The packet cap and closing after a failed connect reach below paho's public surface: fail at import, not in the field.
 for _name in ("_sock_recv", "_sock_close"):
@@ -70,9 +73,11 @@ class LinkConfig:
 
     @classmethod
     def for_gateway(cls) -> Self:
-        """As the default, with room for one state, one progress and some reports of every device."""
+        """With room for one state, one progress and some reports of every device, and soon back: it is only one."""
         return cls(
-            max_queued_messages=2 * limits.MAX_MQTT_RETAINED, max_queued_bytes=64 * limits.MIB
+            max_backoff_s=30.0,
+            max_queued_messages=2 * limits.MAX_MQTT_RETAINED,
+            max_queued_bytes=64 * limits.MIB,
         )
 
 
@@ -540,7 +545,7 @@ class MqttLink:
             broker.host,
             broker.port,
             identifier=self.client_id,
-            logger=logger,
+            logger=_library_logger,
             queue_type=cast("Any", lambda maxsize: _Intake(self._deliver)),  # noqa: ARG005  aiomqtt's call
             will=aiomqtt.Will(will.topic, will.payload, 1, will.retain) if will else None,
             clean_session=True,
