@@ -4,11 +4,12 @@ Every function here works on unverified bytes or on objects python-tuf made of t
 """
 
 import datetime as dt
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -108,9 +109,27 @@ def digest_of(what: str, meta: MetaFile | TargetFile, most: int) -> Digest:
     return Digest(digest)
 
 
+def check_exact(what: str, data: bytes) -> None:
+    """Raise VerificationError unless a file reads back as it was signed.
+
+    TUF signs what a file means, not its bytes: a time in lower case or a signature in upper-case hex would pass. Files
+    below the timestamp are held by their hash; for root and timestamp this leaves white space as the only freedom.
+    """
+    with mapped(what):
+        metadata = Metadata[Any].from_bytes(data)
+        exact = metadata.to_dict() == json.loads(data)
+        exact = exact and all(
+            signature.signature == signature.signature.lower()
+            for signature in metadata.signatures.values()
+        )
+    if not exact:
+        raise VerificationError(f"{what} metadata is not written as it was signed")
+
+
 def newest_root(timestamp: bytes) -> int:
     """The root version an unverified timestamp speaks of; 0 if of none."""
     cap("timestamp", timestamp, limits.MAX_TIMESTAMP_BYTES)
+    check_exact("timestamp", timestamp)
     with mapped("timestamp"):
         signed = Metadata[Timestamp].from_bytes(timestamp).signed
         value = signed.unrecognized_fields.get(ROOT_FIELD, 0)

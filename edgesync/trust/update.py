@@ -30,6 +30,7 @@ from edgesync.trust.files import (
     MetadataUpdate,
     Want,
     cap,
+    check_exact,
     datetime_of,
     digest_of,
     issued_at,
@@ -74,6 +75,7 @@ def bootstrap(roots: Mapping[int, bytes], expected: tuple[int, Digest]) -> Trust
             f"root metadata {version} is not the one this machine was told to trust"
         )
     cap("root/1", chain[0], limits.MAX_ROOT_BYTES)
+    check_exact("root/1", chain[0])
     with mapped("root/1"):
         first = TrustedMetadataSet(chain[0], EnvelopeType.METADATA).root
     if first.version != 1:
@@ -93,6 +95,7 @@ def add_root(state: TrustState, data: bytes) -> TrustState:
     cap(f"root/{number}", data, limits.MAX_ROOT_BYTES)
     if number > limits.MAX_ROOT_ROTATIONS:
         raise VerificationError(f"more than {limits.MAX_ROOT_ROTATIONS} roots are not supported")
+    check_exact(f"root/{number}", data)
     with mapped(f"root/{number}"):
         trusted = TrustedMetadataSet(state.roots[-1], EnvelopeType.METADATA)
         old = trusted.root
