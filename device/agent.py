@@ -25,6 +25,7 @@ from device.installer import Installer
 from device.joining import Membership
 from device.metadata import Metadata
 from device.outbox import Outbox
+from device.reading_rights import ReadingRights
 from device.state import StateDatabase
 from device.swarm import Swarm
 from device.telemetry import Telemetry
@@ -135,14 +136,20 @@ class Agent:
             self._trust_store, fetch=self._fetch, executor=self._store.executor
         )
         self._metadata.on_change = self._metadata_changed
+        rights = ReadingRights(
+            connection=lambda key: self._swarm.source(key),  # noqa: PLW0108 - the swarm is made below
+            keys=self._all_assign_keys,
+            fleet=self._trust_store.state.fleet_id,
+        )
         self._swarm = Swarm(
             store=self._store,
-            metadata=self._metadata.served,
+            metadata=self._served,
             gateway_key=self._gateway_key,
             gateway_addresses=self._gateway_addresses,
-            may_read=self._may_read,
+            may_read=rights.may_read,
             upload_limit=settings.upload_limit,
             download_limit=settings.download_limit,
+            on_versions=self._versions_told,
         )
         try:
             self._endpoint = await Endpoint.open(
@@ -249,6 +256,11 @@ class Agent:
         view = self._metadata.trusted
         return view.root_version, view.timestamp_version
 
+    def _versions_told(self, _peer: PeerKey, root: int, timestamp: int) -> None:
+        """A peer or the gateway has other metadata; newer is worth asking for, whoever says so is not believed."""
+        if (root, timestamp) > self._versions():
+            self._metadata_due.set()
+
     # --- what the broker brings (Listener) ---------------------------------------------------------------------------
     async def timestamp_offered(self, data: bytes) -> None:
         self._timestamp = data
@@ -302,10 +314,14 @@ class Agent:
             return [str(self._settings.gateway_quic)]
         return self._member.gateway_quic
 
-    def _may_read(self, peer: PeerKey, device_id: str, digest: Digest) -> bool:
-        """Whether a member may have the pieces of a bundle whose access is ``assigned``."""
-        del peer, device_id, digest
-        return False
+    def _served(self, name: str) -> bytes | None:
+        """What a peer may fetch by name: metadata, and this device's own assignment set."""
+        if name == f"assign/{self._member.id}":
+            return self._trust_store.assignment_envelope()
+        return self._metadata.served(name)
+
+    def _all_assign_keys(self) -> list[PeerKey]:
+        return [PeerKey(entry.assign_key) for entry in self._metadata.trusted.gateways()]
 
     # --- telling ----------------------------------------------------------------------------------------------------
     async def _execution_changed(self, row: Execution) -> None:

@@ -274,6 +274,10 @@ class TrustStore:
             return assignment.read_accepted(data, keys=keys)
         return None
 
+    def assignment_envelope(self) -> bytes | None:
+        """The bytes of the set accepted last, as signed: what this device shows to peers that ask what it may read."""
+        return self._facts.get("assignments")
+
     @property
     def assignment_sequence(self) -> int:
         """Sequence of the set accepted last; 0 without one."""
