@@ -1,0 +1,768 @@
+"""`gateway run`: lets devices join, serves pieces, announces what the database says and stores what devices report.
+
+It wires shells to each other and decides little: the database is the truth, commands change it, and every 250 ms the
+daemon looks whether they did. Invariants:
+
+* it holds the directory's lock from before the first port is bound until after the last is closed;
+* SQLite runs in one writer thread and never on the event loop;
+* what is said on the broker was committed before; a report is acknowledged after it was;
+* it starts and keeps serving by QUIC when the broker cannot be reached, and says so.
+
+Called by ``gateway.cli``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from edgesync import __version__, limits
+from edgesync.config import HostPort
+from edgesync.errors import ConfigError, EdgeSyncError
+from edgesync.ids import DeviceId, Digest, PeerKey
+from edgesync.io import systemd
+from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink
+from edgesync.storage.datadir import DataDir
+from edgesync.transport.connection import PeerConnection
+from edgesync.transport.endpoint import Endpoint, EndpointConfig
+from edgesync.trust import Trusted
+from edgesync.wire import mqtt as wire
+from edgesync.wire import topics
+from edgesync.wire.messages import Join, Joined, JoinRefused
+from gateway import catalogue, certificates, fleet, http, register
+from gateway.announcer import Announcement, Announcer
+from gateway.broker import EmbeddedBroker
+from gateway.config import GatewaySettings, broker_urls
+from gateway.enrolment import Enrolment, Places
+from gateway.ingest import Batch, Ingest
+from gateway.packs import PieceStore
+from gateway.register import Judge, Register
+from gateway.seeder import Seeder
+from gateway.service import assignments, setup, status
+from gateway.site import host_of
+from gateway.store import GatewayStore
+from gateway.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.25
+RUNTIME_S: Final = 1.0
+UPKEEP_S: Final = 600.0
+"""How often it is looked whether something is past half of its life."""
+MAX_BATCH: Final = 256
+"""Messages of devices stored in one transaction."""
+PEERS_TOLD: Final = 8
+PEERS_AGAIN_S: Final = 10.0
+"""A device is told of its neighbours at most this often."""
+MAX_LAG_S: Final = 5.0
+"""A loop that is later than this is not alive."""
+STOP_TIMEOUT_S: Final = 10.0
+
+
+def run(datadir: DataDir, settings: GatewaySettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises ConfigError: the directory is in use, a port is taken, or a key is not there.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Each is heard of through its own shell's log lines; at INFO they would say it a second time.
+    for noisy in ("amqtt", "transitions", "quic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with datadir.lock():
+        asyncio.run(_main(datadir, settings))
+
+
+async def _main(datadir: DataDir, settings: GatewaySettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with Daemon.running(datadir, settings) as daemon:
+        await daemon.until(stop)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Everything the event loop asks about, read from the database in one go."""
+
+    register: Register
+    trusted: Trusted
+    files: Mapping[str, bytes]
+    """The newest metadata, by name on the wire."""
+    announcement: Announcement
+
+
+@dataclass
+class _Counters:
+    received: dict[str, int] = field(default_factory=dict)
+    lag_s: float = 0.0
+    joins: int = 0
+
+
+class Daemon:
+    """See ``running``."""
+
+    def __init__(self, datadir: DataDir, settings: GatewaySettings, writer: Writer) -> None:
+        self.datadir = datadir
+        self.settings = settings
+        self.started = time.time()
+        self.writer = writer
+        self.problems: dict[str, str] = {}
+        """What is wrong now, by what it concerns."""
+        self.moment: _Moment
+        self.here: fleet.Fleet
+        self.judge: Judge
+        self.endpoint: Endpoint
+        self.seeder: Seeder
+        self.broker: EmbeddedBroker | None = None
+        self.link: MqttLink
+        self.announcer: Announcer
+        self.http: http.HttpServer
+        self._ingest: Ingest
+        self._enrolment: Enrolment
+        self._cache = _SetCache()
+        self._dirty = asyncio.Event()
+        self._version = -1
+        self._counters = _Counters()
+        self._told: dict[DeviceId, float] = {}
+        self._silent: set[DeviceId] = set()
+        self._alive_at = time.monotonic()
+
+    # --- life ------------------------------------------------------------------------------------------------------
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, datadir: DataDir, settings: GatewaySettings) -> AsyncIterator["Daemon"]:
+        """Start everything, in an order in which nothing is announced that cannot be had yet; stop it in reverse."""
+        async with contextlib.AsyncExitStack() as stack:
+            writer = Writer(datadir)
+            stack.push_async_callback(writer.close)
+            await writer.open()
+            daemon = cls(datadir, settings, writer)
+            await daemon._start(stack)
+            yield daemon
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        self.here = await self.writer(fleet.load)
+        identity = certificates.load_identity(
+            self.datadir.identity_key, self.datadir.identity_certificate
+        )
+        authority = certificates.load_authority(self.datadir.ca)
+        certificates.load_assign_key(self.datadir.online)
+        self.judge = Judge(region=self.here.region)
+        await self.writer(self._open_tables)
+        stack.push_async_callback(self.writer, _close_tables)
+        await self._upkeep()
+        await self._load()
+        self.seeder = await self._make_seeder(stack)
+        self.endpoint = await self._open_endpoint(identity)
+        stack.push_async_callback(self.endpoint.close)
+        self.seeder.attach(self.endpoint)
+        if not self.settings.broker:
+            self.broker = EmbeddedBroker(
+                identity=identity,
+                authorities=lambda: (authority.certificate_der, identity.certificate_der),
+                judge=self.judge,
+            )
+            await self.broker.open(self.settings.listen_mqtt.host, self.settings.listen_mqtt.port)
+            stack.push_async_callback(self.broker.stop)
+        self.announcer = Announcer(
+            self.here.gateway_id,
+            identity,
+            self._announcement,
+            self._quic_addresses,
+            self._next_commands,
+        )
+        self.link = MqttLink(
+            client_id=self.here.gateway_id,
+            brokers=lambda: [self.broker_url],
+            identity=identity,
+            allowed_keys=lambda: {PeerKey(entry.key) for entry in self.moment.trusted.gateways()},
+            subscriptions=topics.gateway_filters,
+            will=self.announcer.will,
+            on_connect=self.announcer.connected,
+            config=LinkConfig.for_gateway(),
+        )
+        self.announcer.link = self.link
+        self.http = http.HttpServer(
+            {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
+        )
+        await self.http.start(self.settings.listen_http.host, self.settings.listen_http.port)
+        stack.push_async_callback(self.http.close)
+        logger.info(
+            "gateway %s of fleet %s: QUIC %d, MQTT %s, HTTP %d",
+            self.here.gateway_id,
+            self.here.name,
+            self.endpoint.port,
+            self.broker_url,
+            self.http.port,
+        )
+
+    async def until(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop``, or until a part of it fails."""
+        loops = {
+            "mqtt": self.link.run(),
+            "ingest": self._consume(),
+            "watch": self._watch(),
+            "runtime": self._report_runtime(),
+            "upkeep": self._keep_up(),
+            "watchdog": self._watchdog(),
+        }
+        tasks = [asyncio.ensure_future(work) for work in loops.values()]
+        stopping = asyncio.ensure_future(stop.wait())
+        systemd.notify("READY=1", f"STATUS=serving {self.here.name}")
+        try:
+            done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()
+        finally:
+            systemd.notify("STOPPING=1")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self.announcer.goodbye()
+            for task in (stopping, *tasks):
+                task.cancel()
+            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+
+    def _open_tables(self, store: GatewayStore) -> None:
+        self._ingest = Ingest(store)
+        self._ingest.reset_liveness()
+        self._enrolment = Enrolment(
+            store,
+            setup.certifier(store),
+            on_member=lambda device_id: _follow(store, device_id),
+            gateway_ids=[gateway.id for gateway in setup.repository(store).trusted().gateways()],
+        )
+        status.clear_runtime(store)
+
+    async def _make_seeder(self, stack: contextlib.AsyncExitStack) -> Seeder:
+        pieces = await self.writer(PieceStore.open)
+        stack.push_async_callback(asyncio.to_thread, pieces.close)
+        seeder = Seeder(
+            pieces=pieces,
+            manifest=self._manifest,
+            fetch=self.serve_fetch,
+            join=self.serve_join,
+            register=self.moment.register,
+            trusted=self.moment.trusted,
+            upload_limit=self.settings.upload_limit,
+        )
+        stack.push_async_callback(seeder.close)
+        return seeder
+
+    async def _open_endpoint(self, identity: Any) -> Endpoint:
+        where = self.settings.listen_quic
+        try:
+            return await Endpoint.open(
+                host=where.host,
+                port=where.port,
+                identity=identity,
+                judge=self.judge,
+                handler=self.seeder,
+                config=EndpointConfig(
+                    role="gateway",
+                    agent=f"edgesync-gateway/{__version__}",
+                    max_connections=limits.MAX_GATEWAY_CONNECTIONS,
+                    accept_joins=True,
+                    announce_port=False,
+                    versions=lambda: (
+                        self.moment.trusted.root_version,
+                        self.moment.trusted.timestamp_version,
+                    ),
+                ),
+            )
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen for QUIC on UDP port {where.port}: {exc.strerror or exc}: "
+                "stop what uses it, or choose another with --listen-quic"
+            ) from exc
+
+    # --- the database, on this side --------------------------------------------------------------------------------
+    async def _load(self) -> None:
+        """Read what changed, and let it act: sessions are judged again, the broker is told."""
+        before = getattr(self, "moment", None)
+        self.moment = await self.writer(self._cache.read)
+        self.judge.trusted = self.moment.trusted
+        self.judge.register = self.moment.register
+        if before is None:
+            return
+        if (
+            _who(before.register) != _who(self.moment.register)
+            or before.trusted.regions != self.moment.trusted.regions
+        ):
+            await self.endpoint.rejudge()
+            if self.broker is not None:
+                await self.broker.rejudge()
+        await self.seeder.updated(self.moment.register, self.moment.trusted)
+        await self.announcer.refresh()
+
+    async def _watch(self) -> None:
+        """Notice commits of other processes, and what our own ones asked to be told on."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._dirty.wait()
+            try:
+                version = await self.writer(GatewayStore.data_version)
+                if version == self._version and not self._dirty.is_set():
+                    continue
+                self._dirty.clear()
+                await self._load()
+                self._version = version
+                self.problems.pop("database", None)
+            except EdgeSyncError as exc:
+                self.problems["database"] = str(exc)
+                logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
+                await asyncio.sleep(RUNTIME_S)
+
+    async def _announcement(self) -> Announcement:
+        return self.moment.announcement
+
+    async def _next_commands(self, devices: list[str]) -> dict[str, int]:
+        return await self.writer(_next_commands, devices, time.time())
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_S)
+            await self._upkeep()
+            self._dirty.set()
+
+    async def _upkeep(self) -> None:
+        """Sign anew what is past half of its life."""
+        try:
+            await self.writer(_renew, time.time())
+            self.problems.pop("signing", None)
+        except EdgeSyncError as exc:
+            self.problems["signing"] = str(exc)
+            logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
+
+    # --- devices ---------------------------------------------------------------------------------------------------
+    async def serve_fetch(self, conn: PeerConnection | None, name: str) -> bytes | None:
+        """Metadata to everybody who joined, manifests and its own assignment set to a member."""
+        if name in self.moment.files:
+            return self.moment.files[name]
+        kind, _, rest = name.partition("/")
+        if kind == "assign":
+            if conn is None or conn.peer.id != rest:
+                return None
+            return self.moment.announcement.sets.get(DeviceId(rest))
+        found = await self.writer(lambda store: setup.repository(store).metadata(name))
+        if found is not None or kind != "sha256" or conn is None:
+            return found
+        return await self._manifest(Digest(rest))
+
+    async def _manifest(self, digest: Digest) -> bytes | None:
+        known = self.moment.announcement.manifests.get(digest)
+        return known if known is not None else await self.writer(_manifest, digest)
+
+    async def serve_join(
+        self, address: tuple[str, int], join: Join, server_certificate_sha256: bytes
+    ) -> Joined | JoinRefused:
+        self._counters.joins += 1
+        places = Places(
+            self._quic_addresses(),
+            broker_urls(self.settings, self.broker.port if self.broker else None),
+            self.moment.trusted.root_version,
+        )
+        answer = await self.writer(
+            lambda _store: self._enrolment.join(
+                join,
+                address=host_of(address[0]),
+                server_certificate_sha256=server_certificate_sha256,
+                places=places,
+                now=time.monotonic(),
+                utc_now=time.time(),
+            )
+        )
+        # A device connects the moment it has its answer: it must be known by then.
+        await self._load()
+        return answer
+
+    async def _consume(self) -> None:
+        """Store what devices say, as much in one transaction as has come."""
+        waiting: list[Incoming] = []
+        async for message in self.link.messages():
+            waiting.append(message)
+            kind = message.topic.kind.value
+            self._counters.received[kind] = self._counters.received.get(kind, 0) + 1
+            if len(self.link.inbox) == 0 or len(waiting) >= MAX_BATCH:
+                batch, waiting = waiting, []
+                await self._store_batch(batch)
+
+    async def _store_batch(self, messages: list[Incoming]) -> None:
+        try:
+            batch: Batch = await self.writer(
+                lambda _store: self._ingest.handle(messages, utc_now=time.time())
+            )
+        except EdgeSyncError as exc:
+            # Not acknowledged: devices keep their reports and send them again.
+            self.problems["database"] = str(exc)
+            logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
+            return
+        if batch.states:
+            await self._load()
+            for device, state in batch.states.items():
+                held = [
+                    Digest(bundle.digest) for bundle in state.bundles if bundle.state == "succeeded"
+                ]
+                await self.seeder.seen(PeerKey(state.key), live=state.online, held=held)
+                if state.online:
+                    await self._tell_peers(DeviceId(device))
+        await self.announcer.acknowledge(batch.acks)
+
+    async def _tell_peers(self, device_id: DeviceId) -> None:
+        """Introduce a device that came to those at its site, and them to it."""
+        device = self.moment.register.by_id.get(device_id)
+        if device is None:
+            return
+        neighbours = [
+            one for one in self.moment.register.at_site(device.site) if one.local_addresses
+        ]
+        now = time.monotonic()
+        for other in {device.id, *(one.id for one in neighbours[:PEERS_TOLD])}:
+            if now - self._told.get(other, -PEERS_AGAIN_S) < PEERS_AGAIN_S and other != device.id:
+                continue
+            self._told[other] = now
+            told = [
+                wire.ToldPeer(id=one.id, key=one.key, addresses=list(one.local_addresses[:8]))
+                for one in neighbours
+                if one.id != other
+            ]
+            await self.announcer.tell_peers(other, told[:PEERS_TOLD])
+
+    # --- what it says of itself ------------------------------------------------------------------------------------
+    @property
+    def broker_url(self) -> str:
+        if self.broker is None:
+            return self.settings.broker
+        return (
+            f"mqtts://{HostPort(self.settings.listen_mqtt.host or '127.0.0.1', self.broker.port)}"
+        )
+
+    def _quic_addresses(self) -> list[str]:
+        return [str(address) for address in self.settings.advertise]
+
+    async def _report_runtime(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(RUNTIME_S)
+            self._alive_at = time.monotonic()
+            self._counters.lag_s = max(0.0, self._alive_at - before - RUNTIME_S)
+            try:
+                await self._write_runtime()
+            except EdgeSyncError as exc:
+                self.problems["database"] = str(exc)
+
+    async def _write_runtime(self) -> None:
+        sent = self.seeder.take_sent()
+        seen = {conn.peer.id: HostPort(*conn.address[:2]) for conn in self.endpoint.connections}
+        await self.writer(
+            status.write_runtime,
+            pid=os.getpid(),
+            started=self.started,
+            utc_now=time.time(),
+            data=self._facts(),
+            sent=sent,
+        )
+        moved = {
+            device_id: str(address)
+            for device_id, address in seen.items()
+            if (known := self.moment.register.by_id.get(DeviceId(device_id))) is not None
+            and host_of(known.address) != address.host
+        }
+        if moved:
+            await self.writer(_set_addresses, moved)
+            self._dirty.set()
+        await self._notice_the_silent()
+
+    async def _notice_the_silent(self) -> None:
+        """A device that left the embedded broker without a word is offline; one that connects says so itself."""
+        if self.broker is None:
+            return
+        connected = self.broker.connected_ids()
+        silent = {
+            device.id
+            for device in self.moment.register.by_id.values()
+            if device.online and device.id not in connected
+        }
+        # Twice in a row: its last word may still be on its way through our own link.
+        gone = sorted(silent & self._silent)
+        self._silent = silent
+        if gone:
+            await self.writer(_set_offline, gone, time.time())
+            for device_id in gone:
+                await self.seeder.seen(self.moment.register.by_id[device_id].key, live=False)
+            self._dirty.set()
+
+    def _facts(self) -> dict[str, Any]:
+        stats = self.endpoint.stats()
+        link = self.link.status()
+        return {
+            "broker": {
+                "kind": "external" if self.broker is None else "embedded",
+                "url": self.broker_url,
+                "connected": link.connected,
+                "error": link.last_error,
+                "clients": self.broker.stats().clients if self.broker else None,
+            },
+            "quic": {
+                "port": self.endpoint.port,
+                "connections": stats.connections,
+                "unproven": stats.unproven,
+                "bytes_in": stats.bytes_in,
+                "bytes_out": stats.bytes_out,
+            },
+            "http_port": self.http.port,
+            "min_site_replication": self.seeder.min_site_replication(),
+            "lag_s": round(self._counters.lag_s, 3),
+            "problems": sorted(self.problems.values()),
+        }
+
+    async def _watchdog(self) -> None:
+        """Feed systemd's watchdog only while the loop keeps time and the database answers."""
+        interval = systemd.watchdog_interval_s()
+        if interval is None:
+            await asyncio.Event().wait()
+            return
+        while True:
+            await asyncio.sleep(interval)
+            if self._counters.lag_s < MAX_LAG_S:
+                await self.writer(GatewayStore.data_version)
+                systemd.notify("WATCHDOG=1")
+
+    def _livez(self) -> http.Response:
+        late = time.monotonic() - self._alive_at - RUNTIME_S
+        if late > MAX_LAG_S:
+            return http.json_response(503, {"reasons": [f"the event loop is {late:.1f} s late"]})
+        return http.Response(200, b"ok\n")
+
+    def _readyz(self) -> http.Response:
+        reasons = sorted(self.problems.values())
+        link = self.link.status()
+        if not link.connected:
+            reasons.append(f"not connected to the broker {self.broker_url}: {link.last_error}")
+        if self.moment.trusted.expires <= time.time():
+            reasons.append("the fleet's metadata has expired")
+        if reasons:
+            return http.json_response(503, {"reasons": reasons})
+        return http.Response(200, b"ok\n")
+
+    def _metrics(self) -> http.Response:
+        devices: dict[tuple[tuple[str, str], ...], float] = {
+            (("state", state),): 0 for state in ("accepted", "online", "pending", "rejected")
+        }
+        for device in self.moment.register.by_id.values():
+            devices[("state", device.state),] += 1
+            devices[("state", "online"),] += device.online
+        stats = self.endpoint.stats()
+        totals = self.seeder.totals()
+        return http.render_metrics(
+            [
+                http.metric(
+                    "edgesync_build_info",
+                    "gauge",
+                    "Version and role of this process.",
+                    {(("version", __version__), ("role", "gateway")): 1},
+                ),
+                http.metric(
+                    "edgesync_gateway_devices", "gauge", "Devices in the register.", devices
+                ),
+                http.metric(
+                    "edgesync_transfer_bytes_total",
+                    "counter",
+                    "Piece bytes sent, as carried.",
+                    {(("source", "gateway"),): totals.bytes_out},
+                ),
+                http.metric(
+                    "edgesync_pieces_sent_total",
+                    "counter",
+                    "Pieces sent to devices.",
+                    totals.pieces_out,
+                ),
+                http.metric(
+                    "edgesync_quic_connections",
+                    "gauge",
+                    "Proven QUIC connections.",
+                    {(("direction", "in"),): stats.connections},
+                ),
+                http.metric(
+                    "edgesync_quic_unproven",
+                    "gauge",
+                    "QUIC connections that proved nothing yet.",
+                    stats.unproven,
+                ),
+                http.metric(
+                    "edgesync_joins_total", "counter", "Joins asked for.", self._counters.joins
+                ),
+                http.metric(
+                    "edgesync_mqtt_connected",
+                    "gauge",
+                    "1 while the broker is reached.",
+                    self.link.connected,
+                ),
+                http.metric(
+                    "edgesync_mqtt_messages_total",
+                    "counter",
+                    "Messages of devices.",
+                    {
+                        (("direction", "in"), ("class", kind)): n
+                        for kind, n in self._counters.received.items()
+                    },
+                ),
+                http.metric(
+                    "edgesync_mqtt_dropped_total",
+                    "counter",
+                    "Messages of devices that did not count.",
+                    {(("reason", reason),): n for reason, n in self._ingest.dropped.items()},
+                ),
+                http.metric(
+                    "edgesync_min_site_replication",
+                    "gauge",
+                    "Durable copies of the rarest piece at live devices.",
+                    {} if (copies := self.seeder.min_site_replication()) is None else {(): copies},
+                ),
+                http.metric(
+                    "edgesync_last_metadata_timestamp_seconds",
+                    "gauge",
+                    "When metadata was signed last.",
+                    self.moment.trusted.issued_at,
+                ),
+                http.metric(
+                    "edgesync_loop_lag_seconds",
+                    "gauge",
+                    "How late the event loop is.",
+                    self._counters.lag_s,
+                ),
+            ]
+        )
+
+
+class _SetCache:
+    """Reads a Moment in the writer thread; keeps what is large and did not change."""
+
+    def __init__(self) -> None:
+        self._sets: dict[DeviceId, tuple[int, bytes]] = {}
+        self._manifests: dict[Digest, bytes] = {}
+
+    def read(self, store: GatewayStore) -> _Moment:
+        repository = setup.repository(store)
+        trusted = repository.trusted()
+        files = repository.current_files()
+        here = fleet.load(store)
+        now = register.load(store)
+        self._read_sets(store)
+        active = {digest for digests in now.assigned.values() for digest in digests}
+        self._manifests = {
+            digest: self._manifests.get(digest) or catalogue.load_manifest(store, digest)
+            for digest in active
+        }
+        return _Moment(
+            now,
+            trusted,
+            files,
+            Announcement(
+                root_version=trusted.root_version,
+                timestamp_version=trusted.timestamp_version,
+                metadata=_metadata_topics(here, files),
+                manifests=self._manifests,
+                sets={device: envelope for device, (_sequence, envelope) in self._sets.items()},
+                active=_working(store),
+            ),
+        )
+
+    def _read_sets(self, store: GatewayStore) -> None:
+        sequences = {
+            DeviceId(row["device_id"]): row["sequence"]
+            for row in store.rows(
+                "SELECT s.device_id, s.sequence FROM assignment_sets s JOIN devices d ON d.id = s.device_id "
+                "WHERE d.state = 'accepted'"
+            )
+        }
+        for device in self._sets.keys() - sequences.keys():
+            del self._sets[device]
+        for device, sequence in sequences.items():
+            if device not in self._sets or self._sets[device][0] != sequence:
+                row = store.one(
+                    "SELECT sequence, envelope FROM assignment_sets WHERE device_id = ?", (device,)
+                )
+                assert row is not None
+                self._sets[device] = (row["sequence"], row["envelope"])
+
+
+def _metadata_topics(here: fleet.Fleet, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files small enough for the broker; larger ones are fetched by digest over QUIC."""
+    found: dict[str, bytes] = {}
+    for name, data in files.items():
+        kind, _, rest = name.partition("/")
+        if kind == "timestamp":
+            found[topics.tuf_timestamp(here.gateway_id)] = data
+        elif kind == "root":
+            found[topics.tuf_root(here.gateway_id, int(rest))] = data
+        elif len(data) <= limits.SOFT_MQTT_PAYLOAD_BYTES:
+            found[topics.tuf_file(here.gateway_id, Digest(rest))] = data
+    return found
+
+
+def _working(store: GatewayStore) -> int:
+    row = store.one(
+        "SELECT COUNT(DISTINCT device_id) AS n FROM executions WHERE status = 'in_progress'"
+    )
+    return 0 if row is None else int(row["n"])
+
+
+def _manifest(store: GatewayStore, digest: Digest) -> bytes | None:
+    if setup.repository(store).trusted().by_digest(digest) is None:
+        return None
+    return catalogue.load_manifest(store, digest)
+
+
+def _follow(store: GatewayStore, device_id: DeviceId) -> None:
+    assignments.follow(store, [device_id])
+
+
+def _renew(store: GatewayStore, utc_now: float) -> None:
+    roles = setup.repository(store).refresh(utc_now=utc_now)
+    if roles:
+        store.emit("gateway", "metadata.refreshed", "metadata", {"roles": roles}, utc_now=utc_now)
+    assignments.renew(store, utc_now=utc_now)
+
+
+def _close_tables(store: GatewayStore) -> None:
+    Ingest(store).reset_liveness()
+    status.clear_runtime(store)
+
+
+def _next_commands(store: GatewayStore, devices: list[str], utc_now: float) -> dict[str, int]:
+    """A command sequence for each device, with room for as many commands as one batch of acks may need."""
+    found: dict[str, int] = {}
+    with store.atomic() as db:
+        for device in devices:
+            row = store.one("SELECT cmd_sequence FROM devices WHERE id = ?", (device,))
+            if row is not None:
+                found[device] = max(row["cmd_sequence"] + 1, int(utc_now * 1000))
+                db.conn.execute(
+                    "UPDATE devices SET cmd_sequence = ? WHERE id = ?",
+                    (found[device] + MAX_BATCH, device),
+                )
+    return found
+
+
+def _set_addresses(store: GatewayStore, addresses: Mapping[str, str]) -> None:
+    with store.atomic() as db:
+        for device, address in addresses.items():
+            db.conn.execute("UPDATE devices SET address = ? WHERE id = ?", (address, device))
+
+
+def _set_offline(store: GatewayStore, devices: list[DeviceId], utc_now: float) -> None:
+    with store.atomic() as db:
+        for device in devices:
+            db.conn.execute("UPDATE devices SET online = 0 WHERE id = ?", (device,))
+            store.emit(f"device:{device}", "device.offline", f"device:{device}", utc_now=utc_now)
+
+
+def _who(now: Register) -> dict[PeerKey, str]:
+    return {key: device.state for key, device in now.by_key.items()}
