@@ -188,7 +188,7 @@ class Agent:
             progress=self._mqtt_progress,
             listener=self,
             in_storage=self._in_storage,
-            config=_link_config(),
+            config=LinkConfig(max_backoff_s=settings.reconnect_max),
         )
         await control.start()
         stack.push_async_callback(control.close)
@@ -291,8 +291,10 @@ class Agent:
                 self._swarm.told_peer(PeerKey(peer.key), address)
 
     def presence_told(self, presence: mqtt.Presence) -> None:
-        if presence.online and presence.quic and not self._settings.gateway_quic:
-            self._member.gateway_quic = list(presence.quic)
+        if presence.online:
+            if presence.quic and not self._settings.gateway_quic:
+                self._member.gateway_quic = list(presence.quic)
+            self._swarm.gateway_seen()
         if presence.timestamp_version > self._metadata.trusted.timestamp_version:
             self._metadata_due.set()
 
@@ -525,12 +527,6 @@ class Agent:
         return await asyncio.get_running_loop().run_in_executor(
             self._store.executor, function, *arguments
         )
-
-
-def _link_config() -> LinkConfig:
-    """Patience towards the broker; EDGESYNC_BACKOFF_MAX shortens it on a desk."""
-    most = os.environ.get("EDGESYNC_BACKOFF_MAX")
-    return LinkConfig(max_backoff_s=float(most)) if most else LinkConfig()
 
 
 def _own_addresses(interface: str, port: int) -> list[str]:

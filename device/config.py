@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from edgesync.config import HostPort, boolean, host_port, parse_rate, setting
+from edgesync.config import HostPort, boolean, host_port, parse_duration, parse_rate, setting
 
 QUIC_PORT = 7443
 
@@ -42,3 +42,8 @@ class AgentSettings:
         0, parse_rate, "Most bytes per second sent to peers, such as 500kB or 4MiB; 0: no limit."
     )
     download_limit: int = setting(0, parse_rate, "Most bytes per second fetched; 0: no limit.")
+    reconnect_max: float = setting(
+        300.0,
+        parse_duration,
+        "Longest wait before the broker is tried again; the waits are random so that a fleet does not return as one.",
+    )

@@ -1,6 +1,6 @@
 """What became of each assigned or asked-for bundle, so that `agent status` can say it while the agent does not run.
 
-Rows in ``state.db``: losing them costs history, not safety. Decides nothing; ``device.core.install`` decides the states.
+Rows in ``state.db``: losing them costs history, not safety. What may follow what is decided in ``device.core.install``.
 """
 
 import time

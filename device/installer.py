@@ -156,7 +156,8 @@ class Installer:
                 except DiskFullError as exc:
                     await self._say(entry, "in_progress", step="downloading", reason=str(exc))
                     await self._pause(key, DISK_FULL_RETRY_S)
-                except TransportError as exc:
+                except (TransportError, NotFoundError) as exc:
+                    # Also "not found": who was asked does not have the manifest, somebody else will.
                     await self._say(
                         entry, "in_progress", step="downloading", reason=f"waiting: {exc}"
                     )
@@ -167,7 +168,7 @@ class Installer:
                 except VerificationError as exc:
                     await self._say(entry, "rejected", reason=str(exc))
                     return
-                except StorageError as exc:
+                except EdgeSyncError as exc:
                     await self._say(entry, "failed", reason=str(exc))
                     return
                 else:

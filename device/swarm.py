@@ -112,6 +112,7 @@ class Swarm:
         self._dial_slots = asyncio.Semaphore(MAX_DIALS)
         self._gateway_wanted = asyncio.Event()
         self._gateway_questions = 0
+        self._gateway_seen = asyncio.Event()
         self._gateway_ready = asyncio.Event()
         self._gateway_tried = asyncio.Event()
         self._gateway_problem = "not connected yet"
@@ -188,6 +189,10 @@ class Swarm:
         if self._gateway is not None:
             self._gateway.conn.keep_alive = wanted or self._gateway_questions > 0
         self._gateway_wanted.set()
+
+    def gateway_seen(self) -> None:
+        """Word came that the gateway is there: a pause after failed attempts ends now."""
+        self._gateway_seen.set()
 
     def wants_peers(self) -> bool:
         """Whether looking for peers would help now."""
@@ -307,7 +312,10 @@ class Swarm:
                 wait = self._rng.uniform(0.1, min(FIRST_RETRY_S * 2.0**failures, MAX_RETRY_S))
             failures = min(failures + 1, 16)
             logger.debug("%s; again in %.1f s", self._gateway_problem, wait)
-            await asyncio.sleep(wait)
+            self._gateway_seen.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._gateway_seen.wait()
 
     async def _watch_gateway(self) -> None:
         """Return when the session is over or was idle for long enough."""

@@ -245,8 +245,12 @@ def free_port(kind: socket.SocketKind) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without EdgeSync's own variables: the demo must not touch a real installation."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("EDGESYNC_")}
+    """The environment without EdgeSync's own variables: the demo must not touch a real installation.
+
+    One setting is added: a person is watching, and five processes on one machine storm no broker.
+    """
+    own = {key: value for key, value in os.environ.items() if not key.startswith("EDGESYNC_")}
+    return {**own, "EDGESYNC_RECONNECT_MAX": "2s"}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -119,7 +119,7 @@ def _act_three(fleet: Fleet, update: Path, second: Delivery, rate: int, say: Say
     second.gateway_bytes_out = fleet.gateway_bytes_out() - before
     moved = max(row["bytes_from_gateway"] + row["bytes_from_peers"] for row in second.devices)
     payload = second.published["payload_bytes"]
-    say(f"   {moved / 1e6:.1f} of {payload / 1e6:.0f} MB moved")
+    say(f"   {output.size(moved)} of {output.size(payload)} moved")
 
 
 def _act_four(fleet: Fleet, rate: int, say: Say) -> None:
