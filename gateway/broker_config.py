@@ -59,7 +59,9 @@ use_username_as_clientid true
 allow_anonymous false
 acl_file {site.acl}
 max_packet_size {limits.MAX_MQTT_PACKET_BYTES}
-max_queued_messages {limits.MAX_MQTT_QUEUED_MESSAGES}
+# The gateway hears all devices at once; what does not fit is dropped although it was acknowledged.
+max_queued_messages {limits.MAX_MQTT_RETAINED}
+max_queued_bytes {16 * limits.MAX_MQTT_QUEUED_BYTES}
 max_keepalive {limits.MAX_MQTT_KEEPALIVE_S}
 {keep}"""
 
@@ -106,7 +108,7 @@ mqtt {{
   # Without this a device could take another one's session by its client id.
   peer_cert_as_clientid = cn
   max_packet_size = {limits.MAX_MQTT_PACKET_BYTES}B
-  max_mqueue_len = {limits.MAX_MQTT_QUEUED_MESSAGES}
+  max_mqueue_len = {limits.MAX_MQTT_RETAINED}
 }}
 authorization {{
   no_match = deny

@@ -268,6 +268,10 @@ class _Client(aiomqtt.Client):
         return accepted.done() and not accepted.exception() and not self._disconnected.done()
 
     def close_socket(self) -> None:
+        """Leave nothing behind: no socket, and no future whose exception nobody looked at."""
+        for ended in (self._connected, self._disconnected):
+            if ended.done() and not ended.cancelled():
+                ended.exception()
         with contextlib.suppress(OSError, ValueError):
             self._client._sock_close()  # noqa: SLF001  see the check at import
 

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,10 @@ from edgesync.io.mqtt import LinkConfig, MqttLink, Published, Will, client_conte
 from edgesync.wire import topics
 from gateway.broker import EmbeddedBroker
 from tests.contract.brokers import FAST, GATEWAY, Fleet, until
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 class Site:
@@ -286,3 +292,29 @@ async def test_stopping_frees_the_port_and_says_no_wills(site: Site) -> None:
         await until(lambda: not link.connected)
         assert await link.publish(topics.report("van-1"), b"x", qos=1) is Published.NOT_CONNECTED
         socket.create_server(("127.0.0.1", port)).close()
+
+
+async def test_reconnecting_leaves_nothing_behind(site: Site) -> None:
+    await site.open()
+    device = site.fleet.device("flapper")
+    connects = 0
+
+    async def count() -> None:
+        nonlocal connects
+        connects += 1
+
+    config = LinkConfig(min_backoff_s=0.001, max_backoff_s=0.001)
+    async with site.linked(device, config, on_connect=count) as link:
+        sizes = []
+        for cycle in range(1, 31):
+            await until(lambda cycle=cycle: connects >= cycle)  # type: ignore[misc]
+            await until(lambda: link.connected)
+            if cycle in {5, 30}:
+                await until(lambda: len(asyncio.all_tasks()) <= 16)
+                sizes.append((open_files(), len(asyncio.all_tasks()), threading.active_count()))
+            for _, handler in list(site.broker.sessions.values()):
+                handler.close("flap")
+            await until(lambda: not site.broker.connected_ids())
+        assert sizes[1][0] <= sizes[0][0] + 2, sizes
+        assert sizes[1][1] <= sizes[0][1] + 2, sizes
+        assert sizes[1][2] <= sizes[0][2] + 2, sizes
