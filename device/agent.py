@@ -61,6 +61,7 @@ class Agent:
         self._started = time.time()
         self._notes: dict[str, str] = {}
         self._pending = False
+        self._gateway_epoch = 0
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT. Raises EdgeSyncError: it cannot start, and why."""
@@ -294,7 +295,9 @@ class Agent:
         if presence.online:
             if presence.quic and not self._settings.gateway_quic:
                 self._member.gateway_quic = list(presence.quic)
-            self._swarm.gateway_seen()
+            restarted = self._gateway_epoch not in {0, presence.epoch}
+            self._gateway_epoch = presence.epoch
+            self._swarm.gateway_seen(restarted=restarted)
         if presence.timestamp_version > self._metadata.trusted.timestamp_version:
             self._metadata_due.set()
 
@@ -545,7 +548,7 @@ def main() -> int:
     """Entry of ``python -m device``: settings come from the file and the environment."""
     logging.basicConfig(
         level=os.environ.get("EDGESYNC_LOG", "INFO").upper(),
-        format="%(levelname)s %(name)s: %(message)s",
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
 

@@ -65,6 +65,8 @@ GATEWAY_IDLE_S: Final = 30.0
 FIRST_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 30.0
 DIAL_TIMEOUT_S: Final = 3.0
+SILENT_S: Final = 2.0
+"""A session from which nothing came for this long gives way to a new one of the same peer."""
 MAX_DIALS: Final = 4
 """Peers the gateway named that are dialed at the same time."""
 ENOUGH_PEERS: Final = 16
@@ -190,9 +192,22 @@ class Swarm:
             self._gateway.conn.keep_alive = wanted or self._gateway_questions > 0
         self._gateway_wanted.set()
 
-    def gateway_seen(self) -> None:
-        """Word came that the gateway is there: a pause after failed attempts ends now."""
+    def gateway_seen(self, *, restarted: bool = False) -> None:
+        """Word came that the gateway is there: a pause after failed attempts ends now.
+
+        ``restarted``: it may be another process than before, so a session that is silent is dead.
+        """
         self._gateway_seen.set()
+        if (
+            restarted
+            and self._endpoint is not None
+            and self._gateway is not None
+            and self._gateway.conn.silent_s >= SILENT_S / 2
+        ):
+            self._endpoint.spawn(
+                self._gateway.conn.close(ErrorCode.GOING_AWAY, "the gateway was restarted"),
+                "close a dead gateway session",
+            )
 
     def wants_peers(self) -> bool:
         """Whether looking for peers would help now."""
@@ -457,7 +472,8 @@ class Swarm:
         if old is not None and not old.conn.closed.is_set():
             assert self._endpoint is not None
             keep, drop = surviving(self._endpoint.identity.key, old.conn, conn)
-            if drop is conn:
+            # A silent session may be a killed process's: its successor at the door must not be sent away for it.
+            if drop is conn and old.conn.silent_s < SILENT_S:
                 await conn.close(ErrorCode.DUPLICATE, "another session is kept")
                 return
             del keep

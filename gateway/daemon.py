@@ -69,7 +69,9 @@ def run(datadir: DataDir, settings: GatewaySettings) -> None:
 
     Raises ConfigError: the directory is in use, a port is taken, or a key is not there.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     # Each is heard of through its own shell's log lines; at INFO they would say it a second time.
     for noisy in ("amqtt", "transitions", "quic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

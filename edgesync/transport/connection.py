@@ -133,6 +133,11 @@ class PeerConnection:
         return 0.0 if self._link.error is not None else self._link.quic.smoothed_rtt()
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since anything came from the peer."""
+        return self._link.loop.time() - self._link.last_received
+
+    @property
     def wanted(self) -> bool:
         """Whether anything is open that silence should not end."""
         return self.keep_alive or self._asking > 0 or bool(self._running)

@@ -52,7 +52,10 @@ from edgesync.wire.messages import ALPN, ALPN_JOIN
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_S: Final = 10.0
+KEEP_ALIVE_S: Final = 2.0
+"""Where something is wanted, a silence of half of this is answered with a ping."""
+DEAD_AFTER_S: Final = 8.0
+"""Where something is wanted, a peer that answers no ping for this long is gone."""
 BUSY_RETRY_MS: Final = 5_000
 JOIN_LIFETIME_S: Final = 60.0
 _BASE_SHARE: Final = 0.75
@@ -388,12 +391,24 @@ class Endpoint:
             log.error("task %s failed", task.get_name(), exc_info=error)
 
     async def _keep_alive(self) -> None:
-        """Ping only where something is wanted: an idle session ends by itself."""
+        """Ping only where something is wanted; an idle session ends by itself, a dead one is not waited for.
+
+        A peer that was killed leaves a session that looks open: nothing comes, and what is sent is lost.
+        """
+        wanted_since: dict[PeerConnection, float] = {}
         while True:
             await asyncio.sleep(KEEP_ALIVE_S / 2)
             now = self._loop.time()
-            for connection, link in tuple(self._connections.items()):
-                if connection.wanted and now - link.last_received >= KEEP_ALIVE_S / 2:
+            wanted = {c: link for c, link in self._connections.items() if c.wanted}
+            wanted_since = {c: wanted_since.get(c, now) for c in wanted}
+            for connection, link in wanted.items():
+                silent = now - max(link.last_received, wanted_since[connection])
+                if silent >= DEAD_AFTER_S:
+                    link.close(
+                        ErrorCode.TIMEOUT,
+                        error=PeerTimeoutError(f"nothing came for {DEAD_AFTER_S:.0f} s"),
+                    )
+                elif now - link.last_received >= KEEP_ALIVE_S / 2:
                     link.ping()
 
     async def close(self) -> None:
