@@ -43,6 +43,7 @@ def read_set(store, device_id, floor=0):
         device_id=device_id,
         device_key=key,
         floor_sequence=floor,
+        utc_now=NOW,
     )
 
 
