@@ -42,6 +42,7 @@ from gateway.enrolment import Enrolment, Places
 from gateway.ingest import Batch, Ingest
 from gateway.packs import PieceStore
 from gateway.register import Judge, Register
+from gateway.repository import Repository
 from gateway.seeder import Seeder
 from gateway.service import assignments, setup, status
 from gateway.site import host_of
@@ -129,6 +130,7 @@ class Daemon:
         self._enrolment: Enrolment
         self._cache = _SetCache()
         self._dirty = asyncio.Event()
+        self._news = asyncio.Event()
         self._version = -1
         self._counters = _Counters()
         self._told: dict[DeviceId, float] = {}
@@ -210,6 +212,7 @@ class Daemon:
             "mqtt": self.link.run(),
             "ingest": self._consume(),
             "watch": self._watch(),
+            "announce": self._announce(),
             "runtime": self._report_runtime(),
             "upkeep": self._keep_up(),
             "watchdog": self._watchdog(),
@@ -229,6 +232,8 @@ class Daemon:
             for task in (stopping, *tasks):
                 task.cancel()
             await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            with contextlib.suppress(EdgeSyncError):
+                await self.writer(status.add_sent, self.seeder.take_sent())
 
     def _open_tables(self, store: GatewayStore) -> None:
         self._ingest = Ingest(store)
@@ -293,14 +298,21 @@ class Daemon:
         if before is None:
             return
         if (
-            _who(before.register) != _who(self.moment.register)
+            _members(before) - _members(self.moment)
             or before.trusted.regions != self.moment.trusted.regions
         ):
             await self.endpoint.rejudge()
             if self.broker is not None:
                 await self.broker.rejudge()
         await self.seeder.updated(self.moment.register, self.moment.trusted)
-        await self.announcer.refresh()
+        self._news.set()
+
+    async def _announce(self) -> None:
+        """Say what changed. On its own, so that a join or a report never waits for a broker that does not answer."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            await self.announcer.refresh()
 
     async def _watch(self) -> None:
         """Notice commits of other processes, and what our own ones asked to be told on."""
@@ -309,6 +321,8 @@ class Daemon:
                 async with asyncio.timeout(POLL_S):
                     await self._dirty.wait()
             try:
+                if sent := self.seeder.take_sent():
+                    await self.writer(status.add_sent, sent)
                 version = await self.writer(GatewayStore.data_version)
                 if version == self._version and not self._dirty.is_set():
                     continue
@@ -352,14 +366,16 @@ class Daemon:
             if conn is None or conn.peer.id != rest:
                 return None
             return self.moment.announcement.sets.get(DeviceId(rest))
-        found = await self.writer(lambda store: setup.repository(store).metadata(name))
+        found = await self.writer(lambda store: self._cache.repository(store).metadata(name))
         if found is not None or kind != "sha256" or conn is None:
             return found
         return await self._manifest(Digest(rest))
 
     async def _manifest(self, digest: Digest) -> bytes | None:
         known = self.moment.announcement.manifests.get(digest)
-        return known if known is not None else await self.writer(_manifest, digest)
+        if known is not None or self.moment.trusted.by_digest(digest) is None:
+            return known
+        return await self.writer(catalogue.load_manifest, digest)
 
     async def serve_join(
         self, address: tuple[str, int], join: Join, server_certificate_sha256: bytes
@@ -405,6 +421,13 @@ class Daemon:
             self.problems["database"] = str(exc)
             logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
             return
+        try:
+            await self._act_on(batch)
+        except EdgeSyncError as exc:
+            # Stored, but not acknowledged: devices send those reports again, and are acknowledged then.
+            logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
+
+    async def _act_on(self, batch: Batch) -> None:
         if batch.states:
             await self._load()
             for device, state in batch.states.items():
@@ -456,11 +479,11 @@ class Daemon:
             self._counters.lag_s = max(0.0, self._alive_at - before - RUNTIME_S)
             try:
                 await self._write_runtime()
+                self.problems.pop("database", None)
             except EdgeSyncError as exc:
                 self.problems["database"] = str(exc)
 
     async def _write_runtime(self) -> None:
-        sent = self.seeder.take_sent()
         seen = {conn.peer.id: HostPort(*conn.address[:2]) for conn in self.endpoint.connections}
         await self.writer(
             status.write_runtime,
@@ -468,7 +491,6 @@ class Daemon:
             started=self.started,
             utc_now=time.time(),
             data=self._facts(),
-            sent=sent,
         )
         moved = {
             device_id: str(address)
@@ -648,10 +670,17 @@ class _SetCache:
 
     def __init__(self) -> None:
         self._sets: dict[DeviceId, tuple[int, bytes]] = {}
+        self._repository: Repository | None = None
         self._manifests: dict[Digest, bytes] = {}
 
+    def repository(self, store: GatewayStore) -> Repository:
+        """One for the daemon's life: it verifies the metadata again only when there is newer."""
+        if self._repository is None:
+            self._repository = setup.repository(store)
+        return self._repository
+
     def read(self, store: GatewayStore) -> _Moment:
-        repository = setup.repository(store)
+        repository = self.repository(store)
         trusted = repository.trusted()
         files = repository.current_files()
         here = fleet.load(store)
@@ -716,12 +745,6 @@ def _working(store: GatewayStore) -> int:
     return 0 if row is None else int(row["n"])
 
 
-def _manifest(store: GatewayStore, digest: Digest) -> bytes | None:
-    if setup.repository(store).trusted().by_digest(digest) is None:
-        return None
-    return catalogue.load_manifest(store, digest)
-
-
 def _follow(store: GatewayStore, device_id: DeviceId) -> None:
     assignments.follow(store, [device_id])
 
@@ -766,5 +789,5 @@ def _set_offline(store: GatewayStore, devices: list[DeviceId], utc_now: float) -
             store.emit(f"device:{device}", "device.offline", f"device:{device}", utc_now=utc_now)
 
 
-def _who(now: Register) -> dict[PeerKey, str]:
-    return {key: device.state for key, device in now.by_key.items()}
+def _members(moment: _Moment) -> set[PeerKey]:
+    return {key for key, device in moment.register.by_key.items() if device.state == "accepted"}

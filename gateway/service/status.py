@@ -77,14 +77,18 @@ def write_runtime(
     started: float,
     utc_now: float,
     data: dict[str, Any],
-    sent: dict[str, int],
 ) -> None:
-    """The daemon's row, and what it sent to each site since it last wrote."""
+    """What the running daemon says of itself."""
     with store.atomic() as db:
         db.conn.execute(
             "INSERT OR REPLACE INTO runtime (id, pid, started, updated, data) VALUES (1, ?, ?, ?, ?)",
             (pid, started, utc_now, json.dumps(data)),
         )
+
+
+def add_sent(store: GatewayStore, sent: dict[str, int]) -> None:
+    """Count piece bytes sent to each site."""
+    with store.atomic() as db:
         for site, count in sent.items():
             db.conn.execute(
                 "INSERT INTO site_bytes (site, bytes_out) VALUES (?, ?) "

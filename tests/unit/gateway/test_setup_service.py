@@ -137,10 +137,9 @@ def test_status_says_what_only_the_daemon_knows_while_it_is_fresh(made, tmp_path
         "min_site_replication": 2,
         "problems": [],
     }
-    status.write_runtime(store, pid=1, started=1e9, utc_now=1e9, data=data, sent={"lab": 5})
-    status.write_runtime(
-        store, pid=1, started=1e9, utc_now=1e9, data=data, sent={"lab": 2, "roof": 1}
-    )
+    status.write_runtime(store, pid=1, started=1e9, utc_now=1e9, data=data)
+    status.add_sent(store, {"lab": 5})
+    status.add_sent(store, {"lab": 2, "roof": 1})
     now = status.read(store, utc_now=1e9 + 1)
     assert (now["running"], now["min_site_replication"], now["bytes_out"]) == (True, 2, 8)
     assert now["problems"] == ["not connected to the broker mqtts://x:1: refused"]
