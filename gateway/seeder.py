@@ -113,6 +113,8 @@ class Seeder:
         self._served: OrderedDict[Digest, Served] = OrderedDict()
         self._loading: dict[Digest, asyncio.Lock] = {}
         self._connections: dict[PeerKey, PeerConnection] = {}
+        self._sessions = 0
+        self._session_of: dict[PeerKey, int] = {}
         self._turns: dict[PeerConnection, asyncio.Lock] = {}
         self._sent: dict[str, int] = {}
         self._bytes_out = 0
@@ -142,11 +144,8 @@ class Seeder:
                 del self._served[digest]
                 self._runner.feed(e.BundleRetired(digest))
         for key, conn in list(self._connections.items()):
-            device = register.by_key.get(key)
-            if device is not None and not conn.closed.is_set():
-                self._runner.feed(
-                    e.DeviceConnected(key, device.id, device.site, self._addresses(conn))
-                )
+            if key in register.by_key and not conn.closed.is_set():
+                self._runner.feed(self._connected_event(conn))
 
     async def seen(self, key: PeerKey, *, live: bool, held: Sequence[Digest] = ()) -> None:
         """What a device's signed state says: it is there, or its will came; and which whole bundles it holds."""
@@ -186,7 +185,16 @@ class Seeder:
             await conn.close(ErrorCode.NOT_A_MEMBER, "not in the register")
             return
         self._connections[key] = conn
-        self._runner.feed(e.DeviceConnected(key, device.id, device.site, self._addresses(conn)))
+        self._sessions += 1
+        self._session_of[key] = self._sessions
+        self._runner.feed(self._connected_event(conn))
+
+    def _connected_event(self, conn: PeerConnection) -> e.DeviceConnected:
+        key = conn.peer.key
+        device = self._register.by_key[key]
+        return e.DeviceConnected(
+            key, device.id, device.site, self._addresses(conn), self._session_of[key]
+        )
 
     def _addresses(self, conn: PeerConnection) -> tuple[str, ...]:
         """Where other devices may dial a connected one: what it says of itself first, then where we see it."""
@@ -203,6 +211,7 @@ class Seeder:
         self._turns.pop(conn, None)
         if self._connections.get(conn.peer.key) is conn:
             del self._connections[conn.peer.key]
+            del self._session_of[conn.peer.key]
             # A session closed in good order says nothing against the device; one that broke off does.
             idle = isinstance(error, PeerUnreachableError)
             self._runner.feed(e.DeviceDisconnected(conn.peer.key, idle))

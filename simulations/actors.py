@@ -49,6 +49,7 @@ class Gateway:
         self._content = content
         self.devices: dict[str, Device] = {}
         self.bytes_out = 0
+        self._sessions = 0
         self.copies = [0] * len(content.lengths)
         self.alive = True
         self.start()
@@ -107,7 +108,8 @@ class Gateway:
         if not self.alive:
             return
         self.devices[device.key] = device
-        self._feed(g.DeviceConnected(device.key, device.key, "site", (device.key,)))
+        self._sessions += 1
+        self._feed(g.DeviceConnected(device.key, device.key, "site", (device.key,), self._sessions))
         self._feed(g.HoldingsReported(device.key, MANIFEST, device.durable))
 
     def disconnected(self, device: "Device") -> None:
@@ -206,8 +208,15 @@ class Device:
 
     def join(self, other: "Device") -> None:
         """Both sides open a session and say what they hold."""
-        if not (self.alive and other.alive) or other.key in self.peers:
+        if not (self.alive and other.alive):
             return
+        if self.peers.get(other.key) is other and other.peers.get(self.key) is self:
+            return
+        for one, two in ((self, other), (other, self)):
+            if one.peers.pop(two.key, None) is not None:
+                # A session of before the other was killed; a new one replaces it.
+                one.forget_asked(two)
+                one.feed(d.PeerLeft(two.key))
         for one, two in ((self, other), (other, self)):
             one.peers[two.key] = two
             one.feed(d.PeerJoined(two.key))
@@ -216,8 +225,11 @@ class Device:
     def lost_peer(self, other: "Device") -> None:
         if self.alive and self.peers.get(other.key) is other and not other.alive:
             del self.peers[other.key]
-            self._asked[other.key] = self._asked.get(other.key, 0) + 1
+            self.forget_asked(other)
             self.feed(d.PeerLeft(other.key))
+
+    def forget_asked(self, other: "Device") -> None:
+        self._asked[other.key] = self._asked.get(other.key, 0) + 1
 
     def claimed(self) -> int:
         return mask_of(self.have)

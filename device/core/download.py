@@ -78,6 +78,8 @@ STARVING_AFTER_S: Final = 8.0
 GATEWAY_HORIZON_S: Final = 1.0
 """As a peer's horizon, and the time of a question to the scheduler on top."""
 MIN_GATEWAY_STALL_S: Final = 10.0
+PATIENCE: Final = 2
+"""Faults without a delivery between them, until what a peer holds is asked of the gateway."""
 DIAL_AGAIN_S: Final = 10.0
 
 
@@ -497,16 +499,25 @@ class Download:
 
     def _lease_useful(self) -> bool:
         gateway = self._gateway
-        return bool(self.picker.unseen) and (
+        return bool(self._unseen()) and (
             gateway.outstanding_bytes * 2 <= self._gateway_target_bytes()
         )
+
+    def _unseen(self) -> int:
+        """Pieces no peer has that may still be expected to give them."""
+        return self.picker.unseen_but_for(self._is_patient)
+
+    def _is_patient(self, peer: PeerKey) -> bool:
+        """A peer that is slow or busy once is waited for: what it holds need not leave the gateway again."""
+        source = self.ranker.get(peer)
+        return source is not None and not source.quarantined and source.faults < PATIENCE
 
     def _gateway_target_bytes(self) -> int:
         least = 2 * MIN_ASKED_PIECES * self._average
         return max(least, int(self._gateway.rate_bytes_s * GATEWAY_HORIZON_S))
 
     def _ask_gateway(self, effects: list[DownloadEffect], *, now: float) -> None:
-        unseen = self.picker.unseen
+        unseen = self._unseen()
         if not unseen:
             self._unseen_since = None
         elif self._unseen_since is None:

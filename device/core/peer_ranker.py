@@ -20,6 +20,7 @@ MAX_ASKED_BYTES: Final = 4 * limits.MIB
 MIN_STALL_S: Final = 4.0
 STALL_FACTOR: Final = 4.0
 """A source is a straggler when its next piece takes so many times what its goodput promises."""
+FIRST_STALL_FACTOR: Final = 1.5
 MAX_STALL_S: Final = 30.0
 SLOWEST_BYTES_S: Final = 16_000.0
 """Goodput assumed of a source that has not delivered yet."""
@@ -80,9 +81,11 @@ class Source:
     def stalls_at(self) -> float | None:
         """When this source counts as a straggler unless something comes."""
         for length in self.outstanding.values():
-            expected = length / (self.rate_bytes_s or SLOWEST_BYTES_S)
-            wait = min(max(MIN_STALL_S, STALL_FACTOR * expected), MAX_STALL_S)
-            return self.progress_at + wait
+            if self.rate_bytes_s:
+                expected = STALL_FACTOR * length / self.rate_bytes_s
+            else:
+                expected = FIRST_STALL_FACTOR * length / SLOWEST_BYTES_S
+            return self.progress_at + min(max(MIN_STALL_S, expected), MAX_STALL_S)
         return None
 
     def leave_alone(self, *, now: float, seconds: float | None = None) -> None:

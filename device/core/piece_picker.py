@@ -7,6 +7,7 @@ are set aside count for nothing until they are let back in.
 Source: Legout et al., IMC 2006 (rarest first); BEP 3 (endgame).
 """
 
+from collections.abc import Callable
 from random import Random
 
 from edgesync.ids import PeerKey
@@ -93,6 +94,14 @@ class PiecePicker:
     def unseen(self) -> int:
         """Pieces neither held nor in flight that no peer holds."""
         return self._rarity.levels[0] & ~self._busy
+
+    def unseen_but_for(self, patience: Callable[[PeerKey], bool]) -> int:
+        """As ``unseen``, without the pieces of peers set aside for which ``patience`` is true."""
+        unseen = self.unseen
+        for peer, mask in self._aside.items():
+            if unseen & mask and patience(peer):
+                unseen &= ~mask
+        return unseen
 
     def is_missing(self, piece: int) -> bool:
         return bool(self.missing >> piece & 1)

@@ -28,12 +28,13 @@ class BundleRetired:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConnected:
-    """A device's session is open; where other devices may dial it."""
+    """A device's session is open; where other devices may dial it. The same session again: its site or place changed."""
 
     device: PeerKey
     id: str
     site: str
     addresses: tuple[str, ...]
+    session: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ Rules:
 * A device is believed until someone was sent to it; from then on until another device fetched from it, at most for
   DOUBT_DEADLINES lease deadlines. Pieces another device fetched from it stay believed while it is live.
 * A device that says it reaches no source of a piece is told of live holders; when it says so again it gets the piece
-  from the gateway.
+  from the gateway, and a holder nobody ever fetched from is believed no more.
 * A lease runs while its device makes progress, then its pieces are free. After a disconnect they are kept back for
   GRACE_S: a device that fetched them from the lost one may be about to say so.
 * Peers are chosen by what is already asked of them and by their goodput, ties by chance; the rarest pieces first.
@@ -135,6 +135,7 @@ class _Device:
     site: str = ""
     addresses: tuple[str, ...] = ()
     connected: bool = False
+    session: int = 0
     live: bool = False
     seen_at: float = 0.0
     swarms: list[Digest] = field(default_factory=list)
@@ -255,6 +256,10 @@ class Scheduler:
         device = self._device(event.device, now=now)
         if device.site and device.site != event.site:
             self._leave(event.device, device)
+        if device.connected and device.session != event.session:
+            # It came back before its last session was seen to be dead: what was on its way is lost.
+            self._return_all(event.device, device, now=now)
+        device.session = event.session
         device.id = event.id
         device.site = event.site
         device.addresses = event.addresses
@@ -270,26 +275,30 @@ class Scheduler:
             device.site = event.site
             device.addresses = event.addresses
         self._set_live(event.device, live=event.live, now=now)
+        if not event.live:
+            # A killed device's QUIC session looks alive for half a minute more; its next word brings it back.
+            self._return_all(event.device, self._devices[event.device], now=now)
 
     def _on_disconnected(self, key: PeerKey, *, idle: bool, now: float) -> None:
         device = self._devices.get(key)
         if device is None:
             return
         device.connected = False
+        self._return_all(key, device, now=now)
+        if not idle:
+            self._set_live(key, live=False, now=now)
+
+    def _return_all(self, key: PeerKey, device: _Device, *, now: float) -> None:
         for digest in device.swarms:
             swarm = self._swarms.get((device.site, digest))
             if swarm is not None:
                 self._return_leases(swarm, swarm.members[key], now=now)
-        if not idle:
-            self._set_live(key, live=False, now=now)
 
     def _set_live(self, key: PeerKey, *, live: bool, now: float) -> None:
         device = self._devices.get(key)
         if device is None:
             return
         device.seen_at = now
-        # A session that works outweighs a will.
-        live = live or device.connected
         if device.live == live:
             return
         device.live = live
@@ -323,6 +332,8 @@ class Scheduler:
         bundle = self._bundles.get(manifest)
         if device is None or bundle is None:
             return None
+        if device.connected and not device.live:
+            self._set_live(key, live=True, now=now)
         swarm = self._swarms.get((device.site, manifest))
         if swarm is None:
             swarm = self._swarms[device.site, manifest] = _Swarm(bundle, now=now)
@@ -528,7 +539,16 @@ class Scheduler:
                     told_all = False
             if told_all:
                 chosen.append(piece)
-        return chosen[: limits.MAX_LEASE_PIECES]
+                self._doubt_holders(event.device, swarm, bit, now=now)
+                if len(chosen) >= event.count:
+                    break
+        return chosen
+
+    def _doubt_holders(self, asker: PeerKey, swarm: _Swarm, bit: int, *, now: float) -> None:
+        """Somebody was sent to these and got nothing: those that never gave anybody anything no longer count."""
+        for key, other in swarm.members.items():
+            if key != asker and other.have & bit and not other.confirmed:
+                other.doubt_until = now - 1e-3
 
     def _name(
         self, key: PeerKey, holder: _Member, asker: _Member, named: list[PeerKey], *, now: float
