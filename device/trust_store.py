@@ -89,6 +89,7 @@ class TrustStore:
         self._generation = generation
         self._clocks = clocks
         self._read_only = read_only
+        self._closed = False
         self._state = _state(facts)
         self._lock = threading.Lock()
         self._open: dict[str, Database] = {}
@@ -157,12 +158,13 @@ class TrustStore:
 
     def close(self) -> None:
         with self._lock:
-            if not self._read_only and not self._suspect:
+            if not self._closed and not self._read_only and not self._suspect:
                 with contextlib.suppress(StorageError):
                     self._commit({}, save_time=True)
             for db in self._open.values():
                 db.close()
             self._open.clear()
+            self._closed = True  # another opener may be ahead by now: never write over it
 
     def __enter__(self) -> Self:
         return self
@@ -304,8 +306,8 @@ class TrustStore:
     # --- both files ------------------------------------------------------------------------------------------------
     def _commit(self, changes: Mapping[str, bytes | None], *, save_time: bool = False) -> None:
         """Make changes durable, in the first file, then in the second; only then are they true."""
-        if self._read_only:
-            raise StorageError("the trust store was opened for reading")
+        if self._read_only or self._closed:
+            raise StorageError("the trust store is closed, or was opened for reading")
         if save_time:
             changes = {**changes, "time": _time(self._elapsed())}
         facts = dict(self._facts)
