@@ -69,7 +69,7 @@ def install(staged: "StagedBundle", *, switch: bool) -> Path:
         store.check_writable()
         if not staged.have.complete or staged.suspect:
             raise TreeDamagedError(f"{what} was damaged on disk while it was checked")
-        active = store.state.active().get(name)
+        active = store.current.get(name)
         row = Activating(name, active, digest, switch)
         replaced = next(
             (
@@ -87,7 +87,7 @@ def install(staged: "StagedBundle", *, switch: bool) -> Path:
         except OSError as exc:
             _undo(store, row)
             raise store.failure(exc, f"activating {what}") from exc
-        now_active = digest if switch or active == replaced else active
+        now_active = digest if switch or (active is not None and active == replaced) else active
         _finish_row(store, name, held=digest, active=now_active)
         return _take_up(store, staged, replaced)
 
@@ -126,6 +126,7 @@ def _undo(store: "BundleStore", row: Activating) -> None:
         settle(store)
     except (OSError, StorageError):
         logger.exception("the interrupted activation of %s waits for the next start", row.name)
+    store.current = store.state.active()
     staged = store.staged(row.new)
     if staged is not None and not (staged.root / "tree").is_dir():
         _take_up(store, staged, None)
@@ -141,7 +142,7 @@ def switch(held: "HeldBundle") -> Path:
             f"{name}@{held.version} was changed on disk: {damaged[0]}, {len(damaged)} differences in all"
         )
     with store.lock:
-        active = store.state.active().get(name)
+        active = store.current.get(name)
         row = Activating(name, active, held.digest, switch=True)
         store.committing(lambda: store.state.begin_activation(row))
         try:
@@ -156,8 +157,15 @@ def switch(held: "HeldBundle") -> Path:
 def _finish_row(
     store: "BundleStore", name: BundleName, *, held: Digest, active: Digest | None
 ) -> None:
+    if active is None:
+        store.current.pop(name, None)
+    else:
+        store.current[name] = active
     try:
-        store.committing(lambda: store.state.end_activation(name, held=held, active=active))
+        try:
+            store.committing(lambda: store.state.end_activation(name, held=held, active=active))
+        except StorageError:
+            store.committing(lambda: store.state.end_activation(name, held=held, active=active))
     except StorageError:
         # The disk has the new version and the row says which was meant: the next start records what the symlink says.
         logger.exception("the activation of %s is done but could not be recorded", name)
@@ -419,9 +427,13 @@ def current_version(store: "BundleStore", name: str) -> str | None:
 
 def move_away(store: "BundleStore", held: "HeldBundle") -> None:
     """Take an installed tree out of sight in one step; ``sweep`` removes it. Raises OSError."""
-    root = store.directory / "staging" / held.digest
+    staging = store.directory / "staging"
+    root = staging / held.digest
     root.mkdir(mode=0o700, exist_ok=True)
+    atomic.fsync_directory(staging)
     held.path.rename(root / _REPLACED)
+    # Both, before the first file is removed: a half-removed tree must not come back under its old name.
+    atomic.fsync_directory(root)
     atomic.fsync_directory(held.path.parent)
     with contextlib.suppress(OSError):  # other versions or ``current`` may still be there
         held.path.parent.rmdir()

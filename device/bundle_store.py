@@ -9,8 +9,8 @@ Layout below the agent's directory (``staging`` 0700; ``bundles`` and what is ab
     reserve                      RESERVE_BYTES, freed to record that the disk is full
 
 It does not decide what to fetch, from whom, or whether a bundle may be installed; the caller has verified the
-manifest's digest against signed metadata. The order of an installation is ``device.activation``'s, what a start finds on disk is
-``device.reconcile``'s, copying from other bundles ``device.local_import``'s.
+manifest's digest against signed metadata. The order of an installation is ``device.activation``'s, what a start finds
+is ``device.reconcile``'s and ``device.resume``'s, copying from other bundles ``device.local_import``'s.
 
 Invariants:
 
@@ -34,7 +34,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
@@ -115,7 +115,7 @@ class Bundle:
         """Pieces verified in this run or durable: what may be offered to peers under the store's epoch."""
         self.counters = store.state.counters(row.digest)
         self._counters_saved_at = 0.0
-        self._counters_saved = sum(astuple(self.counters))
+        self._counters_saved = self.counters.total()
 
     @property
     def name(self) -> BundleName:
@@ -164,7 +164,7 @@ class Bundle:
     def save_counters(self, *, force: bool = True) -> None:
         """Commit the counters, unsynced: they survive a kill. Raises StorageError."""
         now = time.monotonic()
-        counted = sum(astuple(self.counters))
+        counted = self.counters.total()
         if not force and (
             now - self._counters_saved_at < COUNTER_INTERVAL_S
             and counted - self._counters_saved < COUNTER_BYTES
@@ -718,6 +718,8 @@ class BundleStore:
         self._on_lost = on_lost
         self._failed_syncs = 0
         self._sync_mutex = threading.Lock()
+        self.current: dict[BundleName, Digest] = {}
+        """Which bundle ``current`` of a name points at: as on disk, whether or not the row could be written."""
         self._held: dict[Digest, HeldBundle] = {}
         self._staged: dict[Digest, StagedBundle] = {}
         self._loaded: OrderedDict[Digest, tuple[TreeMap, Tree]] = OrderedDict()
@@ -751,6 +753,9 @@ class BundleStore:
         try:
             store.fill_reserve()
             reconcile.reconcile(store)
+        except OSError as exc:
+            store.abandon()
+            raise store.failure(exc, f"opening {directory}") from exc
         except BaseException:
             store.abandon()
             raise
@@ -790,7 +795,7 @@ class BundleStore:
     def bundles(self) -> list[BundleInfo]:
         """Everything on this disk, by name and version."""
         with self.lock:
-            active = self.state.active()
+            active = self.current
             found = [
                 _info(bundle, "staged")
                 for bundle in self._staged.values()
@@ -829,7 +834,7 @@ class BundleStore:
     def active(self, name: BundleName) -> HeldBundle | None:
         """The version ``current`` points at."""
         with self.lock:
-            digest = self.state.active().get(name)
+            digest = self.current.get(name)
             return self._held.get(digest) if digest else None
 
     def bundle_path(self, name: str, version: str) -> Path:
@@ -987,7 +992,7 @@ class BundleStore:
             held = self._held.get(digest)
             if held is None:
                 raise NotFoundError(f"bundle {digest[:12]} is not on this device")
-            if self.state.active().get(held.name) == digest:
+            if self.current.get(held.name) == digest:
                 raise ConflictError(
                     f"{held.name}@{held.version} is the active version: activate another one first"
                 )
@@ -1089,6 +1094,10 @@ class BundleStore:
         if exc.errno in atomic.FULL_ERRNOS:
             self.failure(exc, "syncing")
         self._failed_syncs += 1
+        try:
+            self.state.rewrite_log()
+        except OSError:
+            self._failed_syncs += 1
         for staged in self._staged.values():
             staged.suspect = True
             with contextlib.suppress(StorageError):

@@ -186,6 +186,8 @@ def _follow_current(store: "BundleStore") -> None:
     for name in sorted(names):
         version = activation.current_version(store, name)
         digest = held.get((name, Version(version))) if version is not None else None
+        if digest is not None:
+            store.current[name] = digest
         if digest != rows.get(name):
             logger.warning("current of %s says %s", name, version)
             store.state.end_activation(name, held=None, active=digest)

@@ -82,7 +82,11 @@ def _linked_bytes(staged: "StagedBundle", found: Bitfield) -> int:
     """Bytes of found pieces in hard-linked files: a local import made them, and was killed before it counted them."""
     total = 0
     for file, path in enumerate(staged.map.files):
-        if staged.tree.stat(path).st_nlink > 1:
+        try:
+            shared = staged.tree.stat(path).st_nlink > 1
+        except OSError:  # a name the power cut took
+            continue
+        if shared:
             for piece, offset in staged.map.pieces_of(file):
                 if piece in found and next(staged.map.occurrences(piece)) == (file, offset):
                     total += staged.map.piece_lengths[piece]

@@ -9,6 +9,8 @@ Invariants:
   (WAL, ``synchronous=NORMAL``) only clears bits;
 * a bitfield carries a checksum over (bundle, flush number, bits): one that does not match counts as empty;
 * rows that say which version is active, and every commit that takes a claim back, are FULL;
+* a failed sync may have taken frames of the log (``-wal``) that later, confirmed commits stand on: the log is written
+  again, and checkpoints are made here, where their errors are seen, not by SQLite, which passes over them;
 * an unreadable file is set aside as ``state.db.damaged`` and begun anew (``rebuilt``); one with migrations this program
   does not know is refused.
 
@@ -34,7 +36,7 @@ from device.migrations import STATE
 from edgesync.bitfield import Bitfield
 from edgesync.errors import DiskFullError, MalformedMessageError, StateCorruptError, StorageError
 from edgesync.ids import BundleName, Digest, Version
-from edgesync.storage.atomic import fsync_directory
+from edgesync.storage.atomic import fsync_directory, storage_error, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ Source = Literal["gateway", "peer", "local", "import"]
 KILLED, POWER_CUT, DISTRUST = 1, 2, 3
 """How much of what an earlier run left must be looked at before it is believed."""
 BUSY_TIMEOUT_S = 10.0
-CHECKPOINT_PAGES = 256
+CHECKPOINT_WEIGHT = 256
+"""Pages, roughly, the log may hold before it is copied into the database: two syncs, so not too often."""
+_LIGHT, _HEAVY = 1, 4
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 
 
@@ -59,6 +63,18 @@ class Counters:
     bytes_sent: int = 0
     pieces_rejected: int = 0
     resumes: int = 0
+
+    def total(self) -> int:
+        """Changes whenever a counter does, since none ever falls."""
+        return (
+            self.bytes_from_gateway
+            + self.bytes_from_peers
+            + self.bytes_local
+            + self.bytes_import
+            + self.bytes_sent
+            + self.pieces_rejected
+            + self.resumes
+        )
 
     def received(self, source: Source, size: int) -> None:
         match source:
@@ -110,6 +126,7 @@ class StateDatabase:
         self.db = db
         """For modules with tables of their own in this file; hold ``lock`` while using it."""
         self.lock = threading.RLock()
+        self._log_weight = 0
         self.rebuilt = rebuilt
         """The file was new or unreadable: what lies on disk is the only record."""
 
@@ -123,16 +140,18 @@ class StateDatabase:
         """
         rebuilt = not path.exists()
         try:
-            db = _connect(path)
-        except sqlite3.DatabaseError as exc:
-            if not _is_corrupt(exc):
-                raise database_error(exc, "opening state.db") from exc
-            _set_aside(path)
-            rebuilt = True
             try:
                 db = _connect(path)
-            except sqlite3.Error as again:
-                raise database_error(again, "creating state.db") from again
+            except sqlite3.DatabaseError as exc:
+                if not _is_corrupt(exc):
+                    raise
+                _set_aside(path)
+                rebuilt = True
+                db = _connect(path)
+        except sqlite3.Error as exc:
+            raise database_error(exc, "opening state.db") from exc
+        except OSError as exc:
+            raise storage_error(exc, "opening state.db") from exc
         return cls(path, db, rebuilt=rebuilt)
 
     @classmethod
@@ -159,7 +178,9 @@ class StateDatabase:
     # --- transactions ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self, *, full: bool = False) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, *, full: bool = False, weight: int = _HEAVY
+    ) -> Iterator[sqlite3.Connection]:
         """One write transaction; ``full`` makes it durable before it returns.
 
         Raises:
@@ -181,11 +202,49 @@ class StateDatabase:
                             connection.execute("rollback")
                     raise
             except sqlite3.Error as exc:
+                if _primary(exc) == sqlite3.SQLITE_IOERR:
+                    with contextlib.suppress(OSError):
+                        self.rewrite_log()
                 raise database_error(exc, "writing state.db") from exc
             finally:
                 if full:
                     with contextlib.suppress(sqlite3.Error):
                         connection.execute("pragma synchronous=normal")
+            self._log_weight += weight
+            if self._log_weight >= CHECKPOINT_WEIGHT:
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        self._log_weight = 0
+        try:
+            self.db.conn.execute("pragma wal_checkpoint(passive)").fetchall()
+        except sqlite3.Error as exc:
+            logger.warning("copying the log into state.db failed, it is written again: %s", exc)
+            try:
+                self.rewrite_log()
+            except OSError as again:
+                raise storage_error(again, "writing state.db") from again
+
+    def rewrite_log(self) -> None:
+        """After any failed sync on this disk: write the log's bytes once more and make them durable.
+
+        The page cache still holds what SQLite wrote, but may count it as clean: a hole in the log would take every
+        later commit with it at the next power cut. Raises OSError: a second failure.
+        """
+        with self.lock:
+            # Locks are on the database and its index: opening and closing the log here releases none of them.
+            try:
+                fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return
+            try:
+                offset = 0
+                while data := os.pread(fd, 1 << 20, offset):
+                    write_all(fd, data, offset)
+                    offset += len(data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def _rows(self, sql: str, *parameters: object) -> list[tuple[object, ...]]:
         with self.lock:
@@ -273,7 +332,7 @@ class StateDatabase:
         return Counters(*rows[0]) if rows else Counters()  # type: ignore[arg-type]
 
     def save_counters(self, digest: Digest, counters: Counters) -> None:
-        with self.transaction() as connection:
+        with self.transaction(weight=_LIGHT) as connection:
             _put_counters(connection, digest, counters)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
@@ -364,8 +423,7 @@ class StateDatabase:
 
 def database_error(exc: sqlite3.Error, doing: str) -> StorageError:
     """The project's own error for one of SQLite's."""
-    code = getattr(exc, "sqlite_errorcode", None)
-    if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
+    if _primary(exc) == sqlite3.SQLITE_FULL:
         return DiskFullError(f"the disk is full: {doing} needs more space")
     if _is_corrupt(exc):
         return StateCorruptError(f"{doing} failed: {exc}")
@@ -373,8 +431,12 @@ def database_error(exc: sqlite3.Error, doing: str) -> StorageError:
 
 
 def _is_corrupt(exc: sqlite3.Error) -> bool:
-    code = getattr(exc, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in _CORRUPT
+    return _primary(exc) in _CORRUPT
+
+
+def _primary(exc: sqlite3.Error) -> int:
+    """SQLite's result code without what it adds about where."""
+    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _connect(path: Path) -> Database:
@@ -386,7 +448,7 @@ def _connect(path: Path) -> Database:
         created = connection.execute("pragma page_count").fetchone()[0] == 0
         connection.execute("pragma journal_mode=wal")
         connection.execute("pragma synchronous=full")
-        connection.execute(f"pragma wal_autocheckpoint={CHECKPOINT_PAGES}")
+        connection.execute("pragma wal_autocheckpoint=0")
         connection.execute("pragma cache_size=-512")
         # Also finds what a torn page or a bad card left: the file is small, and a wrong row here is a false claim.
         verdict = connection.execute("pragma quick_check(1)").fetchone()[0]
