@@ -29,7 +29,7 @@ _ID_ALPHABET: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):
-    token_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]{8,32}$")]
+    token_id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]{8,32}\Z")]
     secret: Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
     gateway_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     root_version: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_ROOT_ROTATIONS)]

@@ -22,6 +22,8 @@ MIN_PIECE_AVERAGE_BYTES: Final = 64 * KIB
 MAX_PATH_BYTES: Final = 4096
 MAX_COMPONENT_BYTES: Final = 255
 MAX_SYMLINK_BYTES: Final = 4096
+MAX_SYMLINK_STEPS: Final = 2_000_000
+"""Path components walked to see where a bundle's symlinks lead: links through links cost more than they weigh."""
 MAX_IGNORE_FILE_BYTES: Final = 1 * MIB
 """An ``.edgesyncignore``: each of its lines is tried on each path."""
 MAX_ZSTD_WINDOW_LOG: Final = 21

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from edgesync import limits, manifest
-from edgesync.errors import InputError, NotFoundError, UnsafePathError
+from edgesync.errors import InputError, NotFoundError, UnsafePathError, VerificationError
 
 IGNORE_FILE: Final = ".edgesyncignore"
 """At the top of the folder; gitignore rules. It is not part of the bundle."""
@@ -278,10 +278,14 @@ class Scan:
                 raise InputError(
                     f"{self.root}: {exc}: make it relative and inside, or leave it out"
                 ) from exc
-            if manifest.resolves_outside(path, target, links):
-                raise InputError(
-                    f"{self.root}: symlink {path!a} leads out of the tree through another link, or in a circle"
-                )
+        try:
+            escaping = manifest.escaping_symlink(links)
+        except VerificationError as exc:
+            raise InputError(f"{self.root}: {exc}") from exc
+        if escaping is not None:
+            raise InputError(
+                f"{self.root}: symlink {escaping!a} leads out of the tree through another link, or in a circle"
+            )
 
 
 class _Ignore:

@@ -29,12 +29,12 @@ Index = Annotated[int, Meta(ge=0, lt=limits.MAX_PIECES)]
 Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 ShortText = Annotated[str, Meta(max_length=200)]
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Encoding = Literal["identity", "zstd"]
 FetchName = Annotated[
     str,
     Meta(
-        pattern=r"^(timestamp|root/[1-9][0-9]{0,8}|sha256/[0-9a-f]{64}|assign/[a-z0-9][a-z0-9-]{0,62})$"
+        pattern=r"^(timestamp|root/[1-9][0-9]{0,8}|sha256/[0-9a-f]{64}|assign/[a-z0-9][a-z0-9-]{0,62})\Z"
     ),
 ]
 
@@ -186,7 +186,7 @@ class MissingBlob(Struct, frozen=True, kw_only=True, tag=25):
 
 
 class Join(Struct, frozen=True, kw_only=True, tag=30):
-    token_id: Annotated[str, Meta(pattern=r"^[a-z0-9]{8,32}$")]
+    token_id: Annotated[str, Meta(pattern=r"^[a-z0-9]{8,32}\Z")]
     secret: Annotated[bytes, Meta(min_length=16, max_length=64)]
     public_key: Key
     signature: Signature
