@@ -260,7 +260,13 @@ class _Client(aiomqtt.Client):
 
     async def wait_accepted(self) -> None:
         """Wait for CONNACK. Raises MqttError."""
-        await self._wait_for(self._connected, timeout=None)
+        try:
+            await self._wait_for(self._connected, timeout=None)
+        except asyncio.CancelledError:
+            # Whoever waits is cancelled and takes the future along; aiomqtt's callbacks would raise on it for ever.
+            if self._connected.cancelled():
+                self._connected = asyncio.get_running_loop().create_future()
+            raise
 
     @property
     def is_open(self) -> bool:

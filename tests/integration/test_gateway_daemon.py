@@ -463,6 +463,13 @@ async def test_ports_in_use_and_the_directory_too(gateway, tmp_path):
     other.store.close()
 
 
+async def test_it_stops_at_once_also_while_it_still_connects(gateway, caplog):
+    for _ in range(4):
+        await gateway.start()
+        await asyncio.wait_for(gateway.stop(), 10)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_a_stranger_gets_nothing(gateway, device):
     await gateway.start()
     await device("cam-1")
