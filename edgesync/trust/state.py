@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tuf.api.exceptions import RepositoryError
-from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
-from tuf.ngclient.config import EnvelopeType
 
 from edgesync import manifest
 from edgesync.errors import EdgeSyncError
 from edgesync.ids import FleetId
 from edgesync.trust.files import datetime_of
+from edgesync.trust.tuf_checks import EnvelopeType, TrustedMetadataSet
 from edgesync.trust.view import Trusted, build_view, load_targets
 
 

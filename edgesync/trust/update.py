@@ -18,10 +18,6 @@ from tuf.api.exceptions import (
 )
 from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Timestamp
 
-# TUF's client checks without its client: private, so the distribution pins tuf to one minor version.
-from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
-from tuf.ngclient.config import EnvelopeType
-
 from edgesync import limits, manifest
 from edgesync.errors import VerificationError
 from edgesync.ids import Digest
@@ -39,6 +35,7 @@ from edgesync.trust.files import (
 )
 from edgesync.trust.regions import REGIONS_PATH, parse_regions
 from edgesync.trust.state import TrustState
+from edgesync.trust.tuf_checks import EnvelopeType, TrustedMetadataSet
 from edgesync.trust.view import build_view, load_targets
 
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

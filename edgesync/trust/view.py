@@ -12,7 +12,6 @@ from typing import Annotated
 import msgspec
 from tuf.api.exceptions import ExpiredMetadataError
 from tuf.api.metadata import DelegatedRole, TargetFile, Targets
-from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 
 from edgesync import identity, limits, manifest
 from edgesync.errors import NotAuthorizedError, VerificationError
@@ -20,6 +19,7 @@ from edgesync.ids import BundleName, Digest, FleetId, PeerIdentity, PeerKey, Ver
 from edgesync.manifest import Kind, Manifest
 from edgesync.trust.files import digest_of, issued_at, mapped
 from edgesync.trust.regions import GatewayEntry, RegionEntry, parse_regions
+from edgesync.trust.tuf_checks import TrustedMetadataSet
 
 
 @dataclass(frozen=True, slots=True)
