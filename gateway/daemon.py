@@ -18,7 +18,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from edgesync import __version__, limits
@@ -30,19 +29,19 @@ from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink
 from edgesync.storage.datadir import DataDir
 from edgesync.transport.connection import PeerConnection
 from edgesync.transport.endpoint import Endpoint, EndpointConfig
-from edgesync.trust import Trusted
 from edgesync.wire import mqtt as wire
 from edgesync.wire import topics
 from edgesync.wire.messages import Join, Joined, JoinRefused
-from gateway import catalogue, certificates, fleet, http, register
+from gateway import catalogue, certificates, fleet, http
 from gateway.announcer import Announcement, Announcer
 from gateway.broker import EmbeddedBroker
 from gateway.config import GatewaySettings, broker_urls
 from gateway.enrolment import Enrolment, Places
+from gateway.health import BEAT_S, MAX_LAG_S, Health, Parts
 from gateway.ingest import Batch, Ingest
+from gateway.moment import Moment, MomentReader
 from gateway.packs import PieceStore
-from gateway.register import Judge, Register
-from gateway.repository import Repository
+from gateway.register import Judge
 from gateway.seeder import Seeder
 from gateway.service import assignments, setup, status
 from gateway.site import host_of
@@ -52,7 +51,6 @@ from gateway.writer import Writer
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.25
-RUNTIME_S: Final = 1.0
 UPKEEP_S: Final = 600.0
 """How often it is looked whether something is past half of its life."""
 MAX_BATCH: Final = 256
@@ -60,8 +58,6 @@ MAX_BATCH: Final = 256
 PEERS_TOLD: Final = 8
 PEERS_AGAIN_S: Final = 10.0
 """A device is told of its neighbours at most this often."""
-MAX_LAG_S: Final = 5.0
-"""A loop that is later than this is not alive."""
 STOP_TIMEOUT_S: Final = 10.0
 
 
@@ -89,24 +85,6 @@ async def _main(datadir: DataDir, settings: GatewaySettings) -> None:
         await daemon.until(stop)
 
 
-@dataclass(frozen=True)
-class _Moment:
-    """Everything the event loop asks about, read from the database in one go."""
-
-    register: Register
-    trusted: Trusted
-    files: Mapping[str, bytes]
-    """The newest metadata, by name on the wire."""
-    announcement: Announcement
-
-
-@dataclass
-class _Counters:
-    received: dict[str, int] = field(default_factory=dict)
-    lag_s: float = 0.0
-    joins: int = 0
-
-
 class Daemon:
     """See ``running``."""
 
@@ -115,9 +93,8 @@ class Daemon:
         self.settings = settings
         self.started = time.time()
         self.writer = writer
-        self.problems: dict[str, str] = {}
-        """What is wrong now, by what it concerns."""
-        self.moment: _Moment
+        self.health = Health()
+        self.moment: Moment
         self.here: fleet.Fleet
         self.judge: Judge
         self.endpoint: Endpoint
@@ -128,14 +105,12 @@ class Daemon:
         self.http: http.HttpServer
         self._ingest: Ingest
         self._enrolment: Enrolment
-        self._cache = _SetCache()
+        self._reader = MomentReader()
         self._dirty = asyncio.Event()
         self._news = asyncio.Event()
         self._version = -1
-        self._counters = _Counters()
         self._told: dict[DeviceId, float] = {}
         self._silent: set[DeviceId] = set()
-        self._alive_at = time.monotonic()
 
     # --- life ------------------------------------------------------------------------------------------------------
     @classmethod
@@ -192,9 +167,15 @@ class Daemon:
             config=LinkConfig.for_gateway(),
         )
         self.announcer.link = self.link
-        self.http = http.HttpServer(
-            {"/livez": self._livez, "/readyz": self._readyz, "/metrics": self._metrics}
+        self.health.parts = Parts(
+            self.endpoint,
+            self.seeder,
+            self.link,
+            self.broker,
+            self.broker_url,
+            self._ingest.dropped,
         )
+        self.http = http.HttpServer(self.health.pages())
         await self.http.start(self.settings.listen_http.host, self.settings.listen_http.port)
         stack.push_async_callback(self.http.close)
         logger.info(
@@ -292,13 +273,14 @@ class Daemon:
     async def _load(self) -> None:
         """Read what changed, and let it act: sessions are judged again, the broker is told."""
         before = getattr(self, "moment", None)
-        self.moment = await self.writer(self._cache.read)
+        self.moment = await self.writer(self._reader.read)
+        self.health.moment = self.moment
         self.judge.trusted = self.moment.trusted
         self.judge.register = self.moment.register
         if before is None:
             return
         if (
-            _members(before) - _members(self.moment)
+            before.members() - self.moment.members()
             or before.trusted.regions != self.moment.trusted.regions
         ):
             await self.endpoint.rejudge()
@@ -329,11 +311,11 @@ class Daemon:
                 self._dirty.clear()
                 await self._load()
                 self._version = version
-                self.problems.pop("database", None)
+                self.health.problems.pop("database", None)
             except EdgeSyncError as exc:
-                self.problems["database"] = str(exc)
+                self.health.problems["database"] = str(exc)
                 logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
-                await asyncio.sleep(RUNTIME_S)
+                await asyncio.sleep(BEAT_S)
 
     async def _announcement(self) -> Announcement:
         return self.moment.announcement
@@ -351,9 +333,9 @@ class Daemon:
         """Sign anew what is past half of its life."""
         try:
             await self.writer(_renew, time.time())
-            self.problems.pop("signing", None)
+            self.health.problems.pop("signing", None)
         except EdgeSyncError as exc:
-            self.problems["signing"] = str(exc)
+            self.health.problems["signing"] = str(exc)
             logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
 
     # --- devices ---------------------------------------------------------------------------------------------------
@@ -366,7 +348,7 @@ class Daemon:
             if conn is None or conn.peer.id != rest:
                 return None
             return self.moment.announcement.sets.get(DeviceId(rest))
-        found = await self.writer(lambda store: self._cache.repository(store).metadata(name))
+        found = await self.writer(lambda store: self._reader.repository(store).metadata(name))
         if found is not None or kind != "sha256" or conn is None:
             return found
         return await self._manifest(Digest(rest))
@@ -380,7 +362,7 @@ class Daemon:
     async def serve_join(
         self, address: tuple[str, int], join: Join, server_certificate_sha256: bytes
     ) -> Joined | JoinRefused:
-        self._counters.joins += 1
+        self.health.joins += 1
         places = Places(
             self._quic_addresses(),
             broker_urls(self.settings, self.broker.port if self.broker else None),
@@ -406,7 +388,7 @@ class Daemon:
         async for message in self.link.messages():
             waiting.append(message)
             kind = message.topic.kind.value
-            self._counters.received[kind] = self._counters.received.get(kind, 0) + 1
+            self.health.received[kind] += 1
             if len(self.link.inbox) == 0 or len(waiting) >= MAX_BATCH:
                 batch, waiting = waiting, []
                 await self._store_batch(batch)
@@ -418,7 +400,7 @@ class Daemon:
             )
         except EdgeSyncError as exc:
             # Not acknowledged: devices keep their reports and send them again.
-            self.problems["database"] = str(exc)
+            self.health.problems["database"] = str(exc)
             logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
             return
         try:
@@ -473,15 +455,13 @@ class Daemon:
 
     async def _report_runtime(self) -> None:
         while True:
-            before = time.monotonic()
-            await asyncio.sleep(RUNTIME_S)
-            self._alive_at = time.monotonic()
-            self._counters.lag_s = max(0.0, self._alive_at - before - RUNTIME_S)
+            await asyncio.sleep(BEAT_S)
+            self.health.beat()
             try:
                 await self._write_runtime()
-                self.problems.pop("database", None)
+                self.health.problems.pop("database", None)
             except EdgeSyncError as exc:
-                self.problems["database"] = str(exc)
+                self.health.problems["database"] = str(exc)
 
     async def _write_runtime(self) -> None:
         seen = {conn.peer.id: HostPort(*conn.address[:2]) for conn in self.endpoint.connections}
@@ -490,7 +470,7 @@ class Daemon:
             pid=os.getpid(),
             started=self.started,
             utc_now=time.time(),
-            data=self._facts(),
+            data=self.health.facts(),
         )
         moved = {
             device_id: str(address)
@@ -522,30 +502,6 @@ class Daemon:
                 await self.seeder.seen(self.moment.register.by_id[device_id].key, live=False)
             self._dirty.set()
 
-    def _facts(self) -> dict[str, Any]:
-        stats = self.endpoint.stats()
-        link = self.link.status()
-        return {
-            "broker": {
-                "kind": "external" if self.broker is None else "embedded",
-                "url": self.broker_url,
-                "connected": link.connected,
-                "error": link.last_error,
-                "clients": self.broker.stats().clients if self.broker else None,
-            },
-            "quic": {
-                "port": self.endpoint.port,
-                "connections": stats.connections,
-                "unproven": stats.unproven,
-                "bytes_in": stats.bytes_in,
-                "bytes_out": stats.bytes_out,
-            },
-            "http_port": self.http.port,
-            "min_site_replication": self.seeder.min_site_replication(),
-            "lag_s": round(self._counters.lag_s, 3),
-            "problems": sorted(self.problems.values()),
-        }
-
     async def _watchdog(self) -> None:
         """Feed systemd's watchdog only while the loop keeps time and the database answers."""
         interval = systemd.watchdog_interval_s()
@@ -554,195 +510,9 @@ class Daemon:
             return
         while True:
             await asyncio.sleep(interval)
-            if self._counters.lag_s < MAX_LAG_S:
+            if self.health.lag_s < MAX_LAG_S:
                 await self.writer(GatewayStore.data_version)
                 systemd.notify("WATCHDOG=1")
-
-    def _livez(self) -> http.Response:
-        late = time.monotonic() - self._alive_at - RUNTIME_S
-        if late > MAX_LAG_S:
-            return http.json_response(503, {"reasons": [f"the event loop is {late:.1f} s late"]})
-        return http.Response(200, b"ok\n")
-
-    def _readyz(self) -> http.Response:
-        reasons = sorted(self.problems.values())
-        link = self.link.status()
-        if not link.connected:
-            reasons.append(f"not connected to the broker {self.broker_url}: {link.last_error}")
-        if self.moment.trusted.expires <= time.time():
-            reasons.append("the fleet's metadata has expired")
-        if reasons:
-            return http.json_response(503, {"reasons": reasons})
-        return http.Response(200, b"ok\n")
-
-    def _metrics(self) -> http.Response:
-        devices: dict[tuple[tuple[str, str], ...], float] = {
-            (("state", state),): 0 for state in ("accepted", "online", "pending", "rejected")
-        }
-        for device in self.moment.register.by_id.values():
-            devices[("state", device.state),] += 1
-            devices[("state", "online"),] += device.online
-        stats = self.endpoint.stats()
-        totals = self.seeder.totals()
-        return http.render_metrics(
-            [
-                http.metric(
-                    "edgesync_build_info",
-                    "gauge",
-                    "Version and role of this process.",
-                    {(("version", __version__), ("role", "gateway")): 1},
-                ),
-                http.metric(
-                    "edgesync_gateway_devices", "gauge", "Devices in the register.", devices
-                ),
-                http.metric(
-                    "edgesync_transfer_bytes_total",
-                    "counter",
-                    "Piece bytes sent, as carried.",
-                    {(("source", "gateway"),): totals.bytes_out},
-                ),
-                http.metric(
-                    "edgesync_pieces_sent_total",
-                    "counter",
-                    "Pieces sent to devices.",
-                    totals.pieces_out,
-                ),
-                http.metric(
-                    "edgesync_quic_connections",
-                    "gauge",
-                    "Proven QUIC connections.",
-                    {(("direction", "in"),): stats.connections},
-                ),
-                http.metric(
-                    "edgesync_quic_unproven",
-                    "gauge",
-                    "QUIC connections that proved nothing yet.",
-                    stats.unproven,
-                ),
-                http.metric(
-                    "edgesync_joins_total", "counter", "Joins asked for.", self._counters.joins
-                ),
-                http.metric(
-                    "edgesync_mqtt_connected",
-                    "gauge",
-                    "1 while the broker is reached.",
-                    self.link.connected,
-                ),
-                http.metric(
-                    "edgesync_mqtt_messages_total",
-                    "counter",
-                    "Messages of devices.",
-                    {
-                        (("direction", "in"), ("class", kind)): n
-                        for kind, n in self._counters.received.items()
-                    },
-                ),
-                http.metric(
-                    "edgesync_mqtt_dropped_total",
-                    "counter",
-                    "Messages of devices that did not count.",
-                    {(("reason", reason),): n for reason, n in self._ingest.dropped.items()},
-                ),
-                http.metric(
-                    "edgesync_min_site_replication",
-                    "gauge",
-                    "Durable copies of the rarest piece at live devices.",
-                    {} if (copies := self.seeder.min_site_replication()) is None else {(): copies},
-                ),
-                http.metric(
-                    "edgesync_last_metadata_timestamp_seconds",
-                    "gauge",
-                    "When metadata was signed last.",
-                    self.moment.trusted.issued_at,
-                ),
-                http.metric(
-                    "edgesync_loop_lag_seconds",
-                    "gauge",
-                    "How late the event loop is.",
-                    self._counters.lag_s,
-                ),
-            ]
-        )
-
-
-class _SetCache:
-    """Reads a Moment in the writer thread; keeps what is large and did not change."""
-
-    def __init__(self) -> None:
-        self._sets: dict[DeviceId, tuple[int, bytes]] = {}
-        self._repository: Repository | None = None
-        self._manifests: dict[Digest, bytes] = {}
-
-    def repository(self, store: GatewayStore) -> Repository:
-        """One for the daemon's life: it verifies the metadata again only when there is newer."""
-        if self._repository is None:
-            self._repository = setup.repository(store)
-        return self._repository
-
-    def read(self, store: GatewayStore) -> _Moment:
-        repository = self.repository(store)
-        trusted = repository.trusted()
-        files = repository.current_files()
-        here = fleet.load(store)
-        now = register.load(store)
-        self._read_sets(store)
-        active = {digest for digests in now.assigned.values() for digest in digests}
-        self._manifests = {
-            digest: self._manifests.get(digest) or catalogue.load_manifest(store, digest)
-            for digest in active
-        }
-        return _Moment(
-            now,
-            trusted,
-            files,
-            Announcement(
-                root_version=trusted.root_version,
-                timestamp_version=trusted.timestamp_version,
-                metadata=_metadata_topics(here, files),
-                manifests=self._manifests,
-                sets={device: envelope for device, (_sequence, envelope) in self._sets.items()},
-                active=_working(store),
-            ),
-        )
-
-    def _read_sets(self, store: GatewayStore) -> None:
-        sequences = {
-            DeviceId(row["device_id"]): row["sequence"]
-            for row in store.rows(
-                "SELECT s.device_id, s.sequence FROM assignment_sets s JOIN devices d ON d.id = s.device_id "
-                "WHERE d.state = 'accepted'"
-            )
-        }
-        for device in self._sets.keys() - sequences.keys():
-            del self._sets[device]
-        for device, sequence in sequences.items():
-            if device not in self._sets or self._sets[device][0] != sequence:
-                row = store.one(
-                    "SELECT sequence, envelope FROM assignment_sets WHERE device_id = ?", (device,)
-                )
-                assert row is not None
-                self._sets[device] = (row["sequence"], row["envelope"])
-
-
-def _metadata_topics(here: fleet.Fleet, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Files small enough for the broker; larger ones are fetched by digest over QUIC."""
-    found: dict[str, bytes] = {}
-    for name, data in files.items():
-        kind, _, rest = name.partition("/")
-        if kind == "timestamp":
-            found[topics.tuf_timestamp(here.gateway_id)] = data
-        elif kind == "root":
-            found[topics.tuf_root(here.gateway_id, int(rest))] = data
-        elif len(data) <= limits.SOFT_MQTT_PAYLOAD_BYTES:
-            found[topics.tuf_file(here.gateway_id, Digest(rest))] = data
-    return found
-
-
-def _working(store: GatewayStore) -> int:
-    row = store.one(
-        "SELECT COUNT(DISTINCT device_id) AS n FROM executions WHERE status = 'in_progress'"
-    )
-    return 0 if row is None else int(row["n"])
 
 
 def _follow(store: GatewayStore, device_id: DeviceId) -> None:
@@ -787,7 +557,3 @@ def _set_offline(store: GatewayStore, devices: list[DeviceId], utc_now: float) -
         for device in devices:
             db.conn.execute("UPDATE devices SET online = 0 WHERE id = ?", (device,))
             store.emit(f"device:{device}", "device.offline", f"device:{device}", utc_now=utc_now)
-
-
-def _members(moment: _Moment) -> set[PeerKey]:
-    return {key for key, device in moment.register.by_key.items() if device.state == "accepted"}
