@@ -38,6 +38,7 @@ class MomentReader:
 
     def __init__(self) -> None:
         self._sets: dict[DeviceId, tuple[int, bytes]] = {}
+        self._register: Register | None = None
         self._repository: Repository | None = None
         self._manifests: dict[Digest, bytes] = {}
 
@@ -52,7 +53,7 @@ class MomentReader:
         trusted = repository.trusted()
         files = repository.current_files()
         here = fleet.load(store)
-        now = register.load(store)
+        now = self._register = register.load(store, self._register)
         self._read_sets(store)
         active = {digest for digests in now.assigned.values() for digest in digests}
         self._manifests = {

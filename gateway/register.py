@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from edgesync.errors import NotAuthorizedError
 from edgesync.ids import DeviceId, Digest, PeerIdentity, PeerKey
@@ -28,6 +29,8 @@ class Device:
     """Where the gateway saw it last, ``HOST`` or ``HOST:PORT``."""
     local_addresses: tuple[str, ...]
     online: bool
+    row: tuple[Any, ...] = field(default=(), repr=False)
+    """What it was read from."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,16 @@ class Register:
         ]
 
 
-def load(store: GatewayStore) -> Register:
+def load(store: GatewayStore, before: Register | None = None) -> Register:
+    """Read the register; devices whose rows did not change are taken from ``before``."""
     devices = []
-    for row in store.rows("SELECT * FROM devices ORDER BY id"):
-        local = tuple(json.loads(row["local_addresses"]))
-        site, _why = site_of(json.loads(row["labels"]), row["address"], local)
-        devices.append(
-            Device(
-                DeviceId(row["id"]),
-                PeerKey(row["key"]),
-                row["state"],
-                site,
-                labels_of(row),
-                row["address"],
-                local,
-                bool(row["online"]),
-            )
-        )
+    known = before.by_id if before is not None else {}
+    for row in store.rows(
+        "SELECT id, key, region, labels, hardware, state, address, local_addresses, online FROM devices ORDER BY id"
+    ):
+        facts = tuple(row.values())
+        old = known.get(row["id"])
+        devices.append(old if old is not None and old.row == facts else _device(row, facts))
     keys = {device.id: device.key for device in devices}
     assigned: dict[PeerKey, set[Digest]] = {}
     for row in store.rows("SELECT device_id, target_hash FROM assignments"):
@@ -71,6 +67,22 @@ def load(store: GatewayStore) -> Register:
         MappingProxyType({device.key: device for device in devices}),
         MappingProxyType({device.id: device for device in devices}),
         MappingProxyType({key: frozenset(digests) for key, digests in assigned.items()}),
+    )
+
+
+def _device(row: dict[str, Any], facts: tuple[Any, ...]) -> Device:
+    local = tuple(json.loads(row["local_addresses"]))
+    site, _why = site_of(json.loads(row["labels"]), row["address"], local)
+    return Device(
+        DeviceId(row["id"]),
+        PeerKey(row["key"]),
+        row["state"],
+        site,
+        labels_of(row),
+        row["address"],
+        local,
+        bool(row["online"]),
+        facts,
     )
 
 
