@@ -25,7 +25,7 @@ from edgesync.wire.messages import Encoding, Request
 UPLOAD_SLOTS: Final = 4
 SLOT_WAIT_S: Final = 2.0
 """A peer that finds no free slot for so long is told ``busy`` and asks elsewhere."""
-CACHE_BYTES: Final = 4 * limits.MIB
+CACHE_BYTES: Final = limits.MIB
 """Pieces just received, in the form they came: the next peers ask for exactly these."""
 FINDERS: Final = 4
 READ_THREADS: Final = 2
