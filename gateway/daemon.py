@@ -25,7 +25,7 @@ from edgesync.config import HostPort
 from edgesync.errors import ConfigError, EdgeSyncError
 from edgesync.ids import DeviceId, Digest, PeerKey
 from edgesync.io import systemd
-from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink
+from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink, Will
 from edgesync.storage.datadir import DataDir
 from edgesync.transport.connection import PeerConnection
 from edgesync.transport.endpoint import Endpoint, EndpointConfig
@@ -162,7 +162,7 @@ class Daemon:
             identity=identity,
             allowed_keys=lambda: {PeerKey(entry.key) for entry in self.moment.trusted.gateways()},
             subscriptions=topics.gateway_filters,
-            will=self.announcer.will,
+            will=self._will,
             on_connect=self.announcer.connected,
             config=LinkConfig.for_gateway(),
         )
@@ -483,6 +483,13 @@ class Daemon:
             self._dirty.set()
         await self._notice_the_silent()
 
+    def _will(self) -> Will:
+        """Asked before each connect. Who is there is then told anew, by what an external broker retained."""
+        if self.broker is None:
+            self.writer.soon(_nobody_is_known)
+            self._dirty.set()
+        return self.announcer.will()
+
     async def _notice_the_silent(self) -> None:
         """A device that left the embedded broker without a word is offline; one that connects says so itself."""
         if self.broker is None:
@@ -526,8 +533,12 @@ def _renew(store: GatewayStore, utc_now: float) -> None:
     assignments.renew(store, utc_now=utc_now)
 
 
-def _close_tables(store: GatewayStore) -> None:
+def _nobody_is_known(store: GatewayStore) -> None:
     Ingest(store).reset_liveness()
+
+
+def _close_tables(store: GatewayStore) -> None:
+    _nobody_is_known(store)
     status.clear_runtime(store)
 
 

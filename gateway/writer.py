@@ -1,12 +1,16 @@
 """The daemon's one writer thread: SQLite never runs on the event loop, and our own writes never wait for each other."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, ParamSpec, TypeVar
 
+from edgesync.errors import EdgeSyncError
 from edgesync.storage.datadir import DataDir
 from gateway.store import GatewayStore
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +34,19 @@ class Writer:
         store = self._store
         assert store is not None
         return await self._run(lambda: function(store, *args, **kwargs))
+
+    def soon(self, function: Callable[[GatewayStore], object]) -> None:
+        """Queue ``function`` without waiting for it: it runs before whatever is asked for later. Errors are logged."""
+        store = self._store
+        assert store is not None
+
+        def run() -> None:
+            try:
+                function(store)
+            except EdgeSyncError as exc:
+                logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
+
+        self._executor.submit(run)
 
     async def close(self) -> None:
         """Waits for what is queued."""
