@@ -5,7 +5,8 @@ elsewhere. zeroconf sends, answers and parses; its browser is not used, since th
 
 Invariants, whatever is sent to the multicast group:
 
-* at most MAX_PEER_CANDIDATES peers and MAX_HOSTS host names are remembered; zeroconf's cache is emptied above CACHE_RECORDS;
+* at most MAX_PEER_CANDIDATES peers and MAX_HOSTS host names are remembered; zeroconf's cache is emptied above
+  CACHE_RECORDS;
 * only addresses on a network of our own interfaces are dialed, at most one dial in MIN_DIAL_INTERVAL_S, with a growing
   pause for a peer that does not answer; one whose announcement proved false is left alone for FALSE_FOR_S;
 * no query follows from what is heard: the only questions are the browser's own, on its own schedule;
@@ -364,7 +365,7 @@ class Discovery:
         self.sightings.settle(name, candidate, verdict, now=now)
         return verdict
 
-    # --- interfaces --------------------------------------------------------------------------------------------------------
+    # --- interfaces
 
     def _scan(self) -> tuple[tuple[str, ...], list[ipaddress.IPv4Network | ipaddress.IPv6Network]]:
         """Our IPv4 addresses to speak on, and the networks that count as on-link."""
@@ -385,7 +386,7 @@ class Discovery:
         return tuple(sorted(addresses) or sorted(loopback)), networks
 
     async def _follow_interfaces(self) -> None:
-        """zeroconf does not see interfaces that appear or go: when ours changed, begin anew on the present ones."""
+        """Begin anew when our interfaces changed: zeroconf does not see ones that appear or go."""
         addresses, networks = await asyncio.to_thread(self._scan)
         self.sightings.networks = networks
         if addresses == self._addresses and (self._zeroconf is not None or not addresses):

@@ -121,7 +121,7 @@ class Swarm:
         self._keeper: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
-    # --- life ------------------------------------------------------------------------------------------------------------
+    # --- life
 
     def attach(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -138,7 +138,7 @@ class Swarm:
             await link.close()
         self.uploads.close()
 
-    # --- what the agent asks ---------------------------------------------------------------------------------------------
+    # --- what the agent asks
 
     async def fetch_bundle(self, staged: StagedBundle) -> None:
         """Return once every piece is held and durable. Raises StorageError; never gives up for the network's sake."""
@@ -240,7 +240,7 @@ class Swarm:
             for link in (*self._links.values(), *([self._gateway] if self._gateway else ()))
         ]
 
-    # --- metadata --------------------------------------------------------------------------------------------------------
+    # --- metadata
 
     async def fetch_any(self, name: str, max_bytes: int) -> bytes:
         """A file by its wire name from the gateway, else from a peer. What is named by hash is checked against it.
@@ -298,7 +298,7 @@ class Swarm:
             raise VerificationError(f"{name[:19]} from {link.conn.peer.id} does not match its hash")
         return data
 
-    # --- the gateway's session ---------------------------------------------------------------------------------------------
+    # --- the gateway's session
 
     @property
     def _needs_gateway(self) -> bool:
@@ -386,7 +386,7 @@ class Swarm:
         for transfer in list(self._transfers.values()):
             transfer.feed(e.GatewayDown())
 
-    # --- dialing peers -----------------------------------------------------------------------------------------------------
+    # --- dialing peers
 
     def dial(self, key: PeerKey, addresses: tuple[str, ...]) -> None:
         """A peer the gateway named, by its full key."""
@@ -433,7 +433,7 @@ class Swarm:
             self.dial(key, known)
 
     async def candidate(self, candidate: Candidate) -> Verdict:
-        """mDNS says a peer may be there: dial it and say whether the hint was true."""
+        """MDNS says a peer may be there: dial it and say whether the hint was true."""
         if self._endpoint is None or not self.wants_peers():
             return "unwanted"
         fingerprint = candidate.fingerprint
@@ -456,7 +456,7 @@ class Swarm:
             return "false"
         return "unreachable"
 
-    # --- sessions (Handler) --------------------------------------------------------------------------------------------------
+    # --- sessions (Handler)
 
     async def connected(self, conn: PeerConnection) -> None:
         key = conn.peer.key
@@ -618,7 +618,7 @@ class Swarm:
             durable=durable,
         )
 
-    # --- questions (Handler) -------------------------------------------------------------------------------------------------
+    # --- questions (Handler)
 
     def serve(self, conn: PeerConnection, request: Request) -> AsyncIterator[PieceAnswer]:
         return self.uploads.serve(conn, request)
@@ -641,7 +641,7 @@ class Swarm:
         del address, join, server_certificate_sha256
         return JoinRefused(reason="rejected", text="a device takes no joins")
 
-    # --- what transfers need (Neighbourhood) -----------------------------------------------------------------------------------
+    # --- what transfers need (Neighbourhood)
 
     def source(self, key: PeerKey) -> PeerConnection | None:
         link = self._gateway if key == e.GATEWAY else self._links.get(key)

@@ -110,7 +110,7 @@ class Transfer:
             self.feed(e.StoragePaused(str(error)))
         self._complete.set()
 
-    # --- durability ------------------------------------------------------------------------------------------------------
+    # --- durability
 
     async def _keep_flushing(self) -> None:
         while True:
@@ -128,7 +128,7 @@ class Transfer:
         if durable:
             self.feed(e.PiecesDurable(tuple(durable)))
 
-    # --- effects ---------------------------------------------------------------------------------------------------------
+    # --- effects
 
     def _perform(self, effect: e.DownloadEffect) -> None:
         match effect:

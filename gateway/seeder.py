@@ -31,9 +31,9 @@ from edgesync.io.runner import Runner
 from edgesync.piece_finder import PieceFinder
 from edgesync.rarity import full_mask, mask_from_bits
 from edgesync.rate import TokenBucket
-from edgesync.trust import Trusted
 from edgesync.transport.connection import PeerConnection, PieceAnswer
 from edgesync.transport.endpoint import Endpoint
+from edgesync.trust import Trusted
 from edgesync.wire.messages import (
     BitfieldMessage,
     ControlMessage,
@@ -133,7 +133,7 @@ class Seeder:
         self._runner.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
 
-    # --- what the daemon tells and asks ------------------------------------------------------------------------------------
+    # --- what the daemon tells and asks
 
     async def updated(self, register: Register, trusted: Trusted) -> None:
         """The database changed: who is where, what is listed."""
@@ -174,7 +174,7 @@ class Seeder:
     def min_site_replication(self) -> int | None:
         return self.scheduler.min_site_replication(now=self._loop.time())
 
-    # --- sessions (Handler) --------------------------------------------------------------------------------------------------
+    # --- sessions (Handler)
 
     async def connected(self, conn: PeerConnection) -> None:
         if conn.peer.role != "device":
@@ -287,7 +287,7 @@ class Seeder:
         assert self._endpoint is not None
         self._endpoint.spawn(_tell(conn, message), "lease")
 
-    # --- pieces (Handler) ------------------------------------------------------------------------------------------------------
+    # --- pieces (Handler)
 
     async def _serve_bundle(self, digest: Digest) -> Served | None:
         """The bundle's piece table; None when signed metadata does not list it or its manifest is not here."""
@@ -383,7 +383,7 @@ class Seeder:
         site = device.site if device is not None else "unknown"
         self._sent[site] = self._sent.get(site, 0) + size
 
-    # --- other questions (Handler) -----------------------------------------------------------------------------------------------
+    # --- other questions (Handler)
 
     async def serve_fetch(self, conn: PeerConnection | None, name: str) -> bytes | None:
         return await self._fetch(conn, name)

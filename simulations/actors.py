@@ -166,7 +166,7 @@ class Device:
         self._asked: dict[str, int] = {}
         """Generation of requests to each source: answers to a cancelled one are ignored."""
 
-    # --- life ------------------------------------------------------------------------------------------------------------
+    # --- life
 
     def start(self) -> None:
         """Begin or resume: what was verified before a kill is on the disk still."""
@@ -234,7 +234,7 @@ class Device:
     def claimed(self) -> int:
         return mask_of(self.have)
 
-    # --- the core --------------------------------------------------------------------------------------------------------
+    # --- the core
 
     def feed(self, event: d.DownloadEvent) -> None:
         if not self.alive:
@@ -287,7 +287,7 @@ class Device:
                 self.key, self._gateway.key, MESSAGE_BYTES, lambda: self._gateway.message(event)
             )
 
-    # --- pieces in -------------------------------------------------------------------------------------------------------
+    # --- pieces in
 
     def _request(self, source: PeerKey, pieces: tuple[int, ...]) -> None:
         generation = self._asked.setdefault(source, 0)
@@ -330,7 +330,7 @@ class Device:
             self.durable |= mask_of(dirty)
             self.feed(d.PiecesDurable(dirty))
 
-    # --- pieces out ------------------------------------------------------------------------------------------------------
+    # --- pieces out
 
     def asked(self, peer: "Device", pieces: tuple[int, ...], generation: int) -> None:
         if not self.alive:

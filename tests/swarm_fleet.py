@@ -14,7 +14,6 @@ from device.swarm import Swarm
 from edgesync import identity as identities
 from edgesync import manifest as manifests
 from edgesync import piece_codec
-from edgesync.errors import NotAuthorizedError
 from edgesync.identity import CertificateAuthority, Identity
 from edgesync.ids import Digest, PeerIdentity, PeerKey, PieceId
 from edgesync.manifest import Chunking, DirectoryEntry, FileEntry, Manifest
@@ -40,7 +39,12 @@ class Content:
 
 
 def make_content(
-    *, size: int, piece: int = 65_536, seed: int = 1, access: str = "fleet", compressible: bool = False
+    *,
+    size: int,
+    piece: int = 65_536,
+    seed: int = 1,
+    access: str = "fleet",
+    compressible: bool = False,
 ) -> Content:
     rng = random.Random(seed)
     ids: list[bytes] = []
@@ -56,7 +60,11 @@ def make_content(
             length = min(left, rng.randint(piece // 2, piece * 3 // 2))
             if not length:
                 break
-            data = rng.randbytes(length // 4) * 4 + b"x" * (length % 4) if compressible else rng.randbytes(length)
+            data = (
+                rng.randbytes(length // 4) * 4 + b"x" * (length % 4)
+                if compressible
+                else rng.randbytes(length)
+            )
             whole.update(data)
             piece_id = PieceId(hashlib.sha256(data).digest())
             encoding, packed = piece_codec.encode(data)
@@ -67,7 +75,13 @@ def make_content(
             total += length
         used = len(ids) - first
         files.append(
-            FileEntry(f"d/f{number:05}", 0o644, total, ((first, used),), whole.digest() if used > 1 else None)
+            FileEntry(
+                f"d/f{number:05}",
+                0o644,
+                total,
+                ((first, used),),
+                whole.digest() if used > 1 else None,
+            )
         )
         number += 1
     manifest = Manifest(
@@ -161,10 +175,7 @@ class SwarmFleet:
         key = identities.certificate_key(der)
         if key == self.gateway_identity.key:
             return PeerIdentity("gateway", "gw", key)
-        try:
-            identities.check_issued(der, self.authority.certificate_der)
-        except NotAuthorizedError:
-            raise
+        identities.check_issued(der, self.authority.certificate_der)
         return PeerIdentity("device", identities.certificate_id(der), key)
 
     @property
@@ -231,14 +242,16 @@ class SwarmFleet:
         state = StateDatabase.open(folder / "state.db")
         holder: list[Swarm] = []
         store = BundleStore.open(
-            folder, state, on_lost=lambda digest, piece: holder[0].lost(digest, piece), boot_id="b"
+            folder, state, on_lost=lambda *lost: holder[0].lost(*lost), boot_id="b"
         )
         agent = Agent(name, identity, store)
         agent.swarm = Swarm(
             store=store,
             metadata=lambda _name: None,
             gateway_key=lambda: self.gateway_identity.key,
-            gateway_addresses=lambda: [f"127.0.0.1:{self.gateway_port}"] if self.gateway_port else [],
+            gateway_addresses=lambda: (
+                [f"127.0.0.1:{self.gateway_port}"] if self.gateway_port else []
+            ),
             may_read=may_read,
             rng=random.Random(seed or len(self.agents) + 1),
             **limits,

@@ -113,7 +113,7 @@ class Download:
         self._paused: str | None = None
         self._completed = False
 
-    # --- what others read ------------------------------------------------------------------------------------------------
+    # --- what others read
 
     @property
     def complete(self) -> bool:
@@ -171,7 +171,7 @@ class Download:
                 times.append(max(self._lease_at, self._starving_at()))
         return min(times, default=None)
 
-    # --- events ----------------------------------------------------------------------------------------------------------
+    # --- events
 
     def handle(self, event: DownloadEvent, *, now: float) -> list[DownloadEffect]:
         effects: list[DownloadEffect] = []
@@ -376,7 +376,7 @@ class Download:
         for origin, group in groups.items():
             effects.append(ReportDurable(tuple(group), origin))
 
-    # --- decisions -------------------------------------------------------------------------------------------------------
+    # --- decisions
 
     def _schedule(self, effects: list[DownloadEffect], *, now: float) -> None:
         if not self.picker.missing or self._paused is not None:
@@ -567,7 +567,7 @@ class Download:
     def _starving_at(self) -> float:
         return self._recent_at + STARVING_AFTER_S
 
-    # --- small ones ------------------------------------------------------------------------------------------------------
+    # --- small ones
 
     def _give_back(self, key: PeerKey, source: Source) -> None:
         """Nothing more is expected of the source: its pieces are free again."""

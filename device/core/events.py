@@ -16,7 +16,7 @@ FailureReason = Literal["gone", "not_held", "refused", "busy", "bad_hash", "brok
 """Why a piece did not come: the wire's four, bytes that are not the piece, or a stream that broke off."""
 
 
-# --- events of one bundle's download -----------------------------------------------------------------------------------
+# --- events of one bundle's download
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ DownloadEvent = (
 )
 
 
-# --- effects of one bundle's download ----------------------------------------------------------------------------------
+# --- effects of one bundle's download
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class PiecePicker:
         self._aside: dict[PeerKey, int] = {}
         self._rarity = Rarity(self.missing)
 
-    # --- what peers hold -----------------------------------------------------------------------------------------------
+    # --- what peers hold
 
     def add_peer(self, peer: PeerKey) -> None:
         if peer not in self._aside:
@@ -79,7 +79,7 @@ class PiecePicker:
         """Whether some peer that counts holds the piece."""
         return not self._rarity.levels[0] >> piece & 1 and bool(self.missing >> piece & 1)
 
-    # --- what we hold and wait for -------------------------------------------------------------------------------------
+    # --- what we hold and wait for
 
     @property
     def missing_count(self) -> int:
@@ -139,7 +139,7 @@ class PiecePicker:
             self.missing |= 1 << piece
             self._rarity.add(piece, sum(mask >> piece & 1 for mask in self._peers.values()))
 
-    # --- picking -------------------------------------------------------------------------------------------------------
+    # --- picking
 
     def pick(self, peer: PeerKey, *, count: int) -> list[int]:
         """Up to ``count`` free pieces the peer holds, rarest first; ties by chance. Marks nothing."""

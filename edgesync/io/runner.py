@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 EventT = TypeVar("EventT")
 EffectT = TypeVar("EffectT")
-EventIn = TypeVar("EventIn", contravariant=True)
+EventIn_contra = TypeVar("EventIn_contra", contravariant=True)
 MIN_TICK_S = 0.01
 
 
-class Core(Protocol[EventIn, EffectT]):
-    def handle(self, event: EventIn, *, now: float) -> "list[EffectT]": ...
+class Core(Protocol[EventIn_contra, EffectT]):
+    def handle(self, event: EventIn_contra, *, now: float) -> "list[EffectT]": ...
 
     def next_deadline(self) -> float | None: ...
 

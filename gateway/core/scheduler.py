@@ -12,7 +12,7 @@ Rules:
 * A device is believed until someone was sent to it; from then on until another device fetched from it, at most for
   DOUBT_DEADLINES lease deadlines. Pieces another device fetched from it stay believed while it is live.
 * A device that says it reaches no source of a piece is told of live holders; when it says so again it gets the piece
-  from the gateway, and a holder nobody ever fetched from is believed no more.
+  from the gateway.
 * A lease runs while its device makes progress, then its pieces are free. After a disconnect they are kept back for
   GRACE_S: a device that fetched them from the lost one may be about to say so.
 * Peers are chosen by what is already asked of them and by their goodput, ties by chance; the rarest pieces first.
@@ -220,7 +220,7 @@ class Scheduler:
             self._tick_at = now + TICK_S
         return effects
 
-    # --- what others read ------------------------------------------------------------------------------------------------
+    # --- what others read
 
     def min_site_replication(self, *, now: float) -> int | None:
         """Durable copies of the rarest piece at live devices, smallest over active bundles and sites; None: none active."""
@@ -244,7 +244,7 @@ class Scheduler:
             and (lowest := swarm.rarity.lowest()) is not None
         }
 
-    # --- devices ---------------------------------------------------------------------------------------------------------
+    # --- devices
 
     def _device(self, key: PeerKey, *, now: float) -> _Device:
         device = self._devices.get(key)
@@ -344,7 +344,7 @@ class Scheduler:
         swarm.active_at = now
         return swarm, member
 
-    # --- what devices hold -----------------------------------------------------------------------------------------------
+    # --- what devices hold
 
     def _on_holdings(self, key: PeerKey, manifest: Digest, mask: int, *, now: float) -> None:
         found = self._join(key, manifest, now=now)
@@ -412,7 +412,7 @@ class Scheduler:
             lease.sent = True
             lease.until = now + MIN_DEADLINE_S
 
-    # --- leases ----------------------------------------------------------------------------------------------------------
+    # --- leases
 
     def _end_lease(self, swarm: _Swarm, member: _Member, piece: int) -> None:
         del member.leases[piece]
@@ -539,16 +539,9 @@ class Scheduler:
                     told_all = False
             if told_all:
                 chosen.append(piece)
-                self._doubt_holders(event.device, swarm, bit, now=now)
                 if len(chosen) >= event.count:
                     break
         return chosen
-
-    def _doubt_holders(self, asker: PeerKey, swarm: _Swarm, bit: int, *, now: float) -> None:
-        """Somebody was sent to these and got nothing: those that never gave anybody anything no longer count."""
-        for key, other in swarm.members.items():
-            if key != asker and other.have & bit and not other.confirmed:
-                other.doubt_until = now - 1e-3
 
     def _name(
         self, key: PeerKey, holder: _Member, asker: _Member, named: list[PeerKey], *, now: float

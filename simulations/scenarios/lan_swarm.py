@@ -1,4 +1,4 @@
-"""How fast does one bundle reach N devices of one LAN, and how many copies leave the gateway?
+"""How fast one bundle reaches N devices of one LAN, and how many copies leave the gateway.
 
 The bound is Kumar and Ross's: max(F/us, F/dmin, N F / (us + sum ui)). Devices may join late, be killed and resume,
 lie, stall or send garbage; the gateway may be slow, or die once every piece has two holders.

@@ -19,6 +19,8 @@ async def test_devices_share_one_copy(tmp_path: Path) -> None:
             assert one.durable.complete
         out = fleet.seeder.totals().bytes_out
         assert out <= content.wire_bytes * 1.1
-        received = [one.counters.bytes_from_gateway + one.counters.bytes_from_peers for one in staged]
+        received = [
+            one.counters.bytes_from_gateway + one.counters.bytes_from_peers for one in staged
+        ]
         assert all(content.wire_bytes <= size <= content.wire_bytes * 1.02 for size in received)
         assert fleet.seeder.min_site_replication() == 4
