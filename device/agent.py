@@ -216,6 +216,7 @@ class Agent:
             await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             systemd.notify("STOPPING=1")
+            await self._telemetry.goodbye()
             for task in (stopping, *tasks):
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RESEND_S = 60.0
 """A report without an acknowledgement is sent again after this long."""
+GOODBYE_TIMEOUT_S = 1.0
 
 
 class Listener(Protocol):
@@ -101,6 +102,14 @@ class Telemetry:
             group.create_task(self._tell_reports(), name="mqtt-reports")
             group.create_task(self._tell_progress(), name="mqtt-progress")
 
+    async def goodbye(self) -> None:
+        """Say that this device goes: a broker publishes no will for who leaves in good order."""
+        if self.link.connected:
+            gone = self._gone()
+            await self.link.publish(
+                topics.state(self._id), gone, qos=1, retain=True, timeout_s=GOODBYE_TIMEOUT_S
+            )
+
     # --- telling ----------------------------------------------------------------------------------------------------
     def _subscriptions(self) -> list[tuple[str, int]]:
         return [
@@ -114,6 +123,10 @@ class Telemetry:
         # Asked on the event loop, so the number was drawn from the database beforehand.
         self._epoch = max(self._epoch + 1, self._next_epoch)
         self._sequence = 0
+        return Will(topics.state(self._id), self._gone())
+
+    def _gone(self) -> bytes:
+        """A state that ends the present epoch."""
         gone = mqtt.State(
             device=self._id,
             key=self._identity.key,
@@ -122,7 +135,7 @@ class Telemetry:
             online=False,
             issued=time.time(),
         )
-        return Will(topics.state(self._id), mqtt.seal(gone, self._identity))
+        return mqtt.seal(gone, self._identity)
 
     async def _connected(self) -> None:
         await self._raise_epoch(self._epoch)
