@@ -245,6 +245,14 @@ class Agent:
                     self._timestamp = self._timestamp or offered
             else:
                 await self._metadata.refresh()
+            await self._save_trusted_time()
+
+    async def _save_trusted_time(self) -> None:
+        # Looked at each METADATA_INTERVAL_S and stored hourly: what is lost at a power cut is bounded by that.
+        try:
+            await self._in_storage(self._trust_store.save_time)
+        except StorageError as exc:
+            logger.error("trusted time: %s", exc)  # noqa: TRY400 - the sentence says it all
 
     async def _metadata_changed(self) -> None:
         await self._endpoint.rejudge()
@@ -440,6 +448,11 @@ class Agent:
 
     def _status(self) -> Answer:
         problems = list(self._notes.values()) + self._store.problems()
+        problems += self._trust_store.problems
+        if not self._trust_store.clock_is_believed():
+            problems.append(
+                "the clock of this device contradicts signed time and is not used: new assignments may have to wait"
+            )
         if self._pending:
             return status.build(
                 device_id=self._member.id,

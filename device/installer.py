@@ -29,7 +29,7 @@ from edgesync.errors import (
 )
 from edgesync.ids import BundleName, Digest, Version
 from edgesync.manifest import Manifest
-from edgesync.trust import BundleTarget
+from edgesync.trust import BundleTarget, check_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -342,21 +342,7 @@ class Installer:
 def _parse(data: bytes, target: BundleTarget) -> Manifest:
     """Raises VerificationError: not a manifest, or not the one its target describes."""
     parsed = manifests.parse(data)
-    described = (
-        target.kind,
-        target.name,
-        target.version,
-        target.release_counter,
-        tuple(target.hardware),
-    )
-    if described != (
-        parsed.kind,
-        parsed.name,
-        parsed.version,
-        parsed.release_counter,
-        tuple(parsed.hardware),
-    ):
-        raise VerificationError("the manifest describes another bundle than the signed metadata")
+    check_manifest(target, parsed)
     return parsed
 
 

@@ -50,6 +50,8 @@ MAIN: Final = "trust.db"
 COPY: Final = "trust.copy.db"
 SAVE_TIME_S: Final = 3600.0
 """How often the running time is stored: a reboot loses at most this much of trusted time."""
+CLOCK_TOLERANCE_S: Final = 300.0
+"""What two honest clocks may differ by before it is worth telling an operator."""
 _FILES: Final = (MAIN, COPY)
 
 Facts = dict[str, bytes]
@@ -219,9 +221,9 @@ class TrustStore:
         return trust.trusted_time(utc, self._state.floor, self._elapsed())
 
     def clock_is_believed(self, utc_now: float | None = None) -> bool:
-        """Whether the system clock is taken for trusted now (to say so where a device waits)."""
+        """Whether the system clock and trusted time agree to CLOCK_TOLERANCE_S (to say so where a device waits)."""
         utc = self._clocks.utc() if utc_now is None else utc_now
-        return self.now(utc) == utc
+        return abs(self.now(utc) - utc) <= CLOCK_TOLERANCE_S
 
     def save_time(self, *, force: bool = False) -> bool:
         """Store the running time if SAVE_TIME_S have passed since; call it every few minutes."""
