@@ -77,7 +77,7 @@ class NewPiece(NamedTuple):
 
     id: PieceId
     encoding: Encoding
-    data: bytes
+    data: bytes | memoryview
     plain_length: int
 
 
@@ -440,10 +440,10 @@ def _numbers(directory: Path) -> Iterator[int]:
             yield int(path.stem)
 
 
-def _write_all(fd: int, parts: Sequence[bytes], offset: int) -> None:
+def _write_all(fd: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
     limit = os.sysconf("SC_IOV_MAX")
     for start in range(0, len(parts), limit):
-        vector: list[bytes | memoryview] = list(parts[start : start + limit])
+        vector = list(parts[start : start + limit])
         while vector:
             written = os.pwritev(fd, vector, offset)
             offset += written

@@ -38,6 +38,7 @@ from gateway.piece_worker import (
     PieceWorker,
     Task,
     Whole,
+    receive,
     serve,
 )
 from gateway.scan import Scan
@@ -367,6 +368,8 @@ class _Publisher:
         slot, part = member.task
         try:
             message = member.pipe.recv()
+            if isinstance(message, tuple) and message[0] == "done":
+                message = ("done", receive(member.pipe, *message[1:]))
         except (EOFError, ConnectionResetError) as exc:
             member.process.join()
             raise EdgeSyncError(
