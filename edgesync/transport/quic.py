@@ -11,7 +11,8 @@ import ssl
 from bisect import bisect_right
 from typing import Any, Final, cast
 
-from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer  # type: ignore[attr-defined]
+from aioquic._crypto import CryptoError
+from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer, BufferReadError  # type: ignore[attr-defined]
 from aioquic.quic import events
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import (
@@ -22,10 +23,16 @@ from aioquic.quic.connection import (
     QuicConnectionState,
     QuicReceiveContext,
 )
+from aioquic.quic.crypto import CryptoPair
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicStreamFrame
 from aioquic.quic.packet_builder import QuicPacketBuilder
-from aioquic.quic.recovery import QuicPacketPacer, QuicPacketSpace
-from aioquic.quic.stream import FinalSizeError, QuicStream, QuicStreamReceiver
+from aioquic.quic.recovery import MAX_ACK_RANGES, QuicPacketPacer, QuicPacketSpace
+from aioquic.quic.stream import (
+    FinalSizeError,
+    QuicStream,
+    QuicStreamReceiver,
+    StreamFinishedError,
+)
 from aioquic.tls import Epoch
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -43,6 +50,9 @@ logging.getLogger("quic").setLevel(
     logging.ERROR
 )  # it warns of each bad packet: strangers would write our log
 
+_SHORT_HEADER_BYTES: Final = 1 + CONNECTION_ID_BYTES
+_IDLE_GRAIN_S: Final = 0.01
+"""The idle timeout may be this much too early: it need not be computed anew for each packet."""
 _FREE_GAPS: Final = 64
 _BYTES_PER_GAP: Final = 256
 _MERGE_BYTES: Final = 4096
@@ -277,6 +287,7 @@ class BoundedQuicConnection(QuicConnection):
         ):
             getattr(self, name, {}).clear()
         self._streams_queue = []
+        self._one_rtt = None
         self._loss.spaces = []
         self._loss._send_probe = _nothing  # noqa: SLF001
         self._events.clear()
@@ -284,6 +295,111 @@ class BoundedQuicConnection(QuicConnection):
             self.tls.alpn_cb = None
             self.tls.update_traffic_key_cb = _nothing
             self.tls.handshake_extensions = []
+
+    # --- the short way in
+
+    short_way = True
+    """Whether plain 1-RTT packets skip stock code's preparations for everything they are not."""
+    took_short_way = 0
+
+    def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
+        """Stock semantics. A confirmed connection's packet from the known address goes the short way."""
+        if not (
+            self.short_way
+            and self._handshake_confirmed
+            and len(data) > _SHORT_HEADER_BYTES
+            and data[0] & 0xC0 == 0x40
+            and data[1 : 1 + CONNECTION_ID_BYTES] == self.host_cid
+            and self._state is QuicConnectionState.CONNECTED
+            and self._network_paths[0].addr == addr
+            and self._network_paths[0].is_validated
+            and self._quic_logger is None
+            and not self._close_pending
+            and self._receive_plain(data, now)
+        ):
+            super().receive_datagram(data, addr, now)
+
+    def _receive_plain(self, data: bytes, now: float) -> bool:
+        """One 1-RTT packet on the active path under the active connection id; False leaves it to stock code.
+
+        It is ``QuicConnection.receive_datagram`` without what cannot apply: other packet types, version negotiation,
+        handshake keys, migration, logging. Nothing is changed before the decision to keep the packet here.
+        """
+        if self._one_rtt is None:
+            self._one_rtt = (self._spaces[Epoch.ONE_RTT], self._cryptos[Epoch.ONE_RTT])
+        space, crypto = self._one_rtt
+        try:
+            header, payload, number = crypto.decrypt_packet(
+                data, _SHORT_HEADER_BYTES, space.expected_packet_number
+            )
+        except CryptoError:
+            return False
+        if number in space.received_packets or header[0] & 0x18 or not payload:
+            return False
+        self.took_short_way += 1
+        if number > space.expected_packet_number:
+            space.expected_packet_number = number + 1
+        if number > self._spin_highest_pn:
+            self._spin_bit = bool(header[0] & 0x20) != self._is_client
+            self._spin_highest_pn = number
+        context = QuicReceiveContext(
+            epoch=Epoch.ONE_RTT,
+            host_cid=self.host_cid,
+            network_path=self._network_paths[0],
+            quic_logger_frames=None,
+            time=now,
+            version=None,
+        )
+        try:
+            ack_eliciting = self._plain_payload(context, payload)
+        except QuicConnectionError as exc:
+            self.close(
+                error_code=exc.error_code,
+                frame_type=exc.frame_type,
+                reason_phrase=exc.reason_phrase,
+            )
+        if self._state is not QuicConnectionState.CONNECTED or self._close_pending:
+            return True
+        if now - self._idle_restarted_at > _IDLE_GRAIN_S:
+            self._idle_restarted_at = now
+            self._close_at = now + self._idle_timeout()
+        self._ack_eliciting_sent_since_receipt = False
+        if not space.discarded:
+            if number > space.largest_received_packet:
+                space.largest_received_packet = number
+                space.largest_received_time = now
+            space.ack_queue.add(number)
+            space.received_packets.add(number)
+            if len(space.ack_queue) > MAX_ACK_RANGES:
+                space.ack_queue.shift()
+            if ack_eliciting and space.ack_at is None:
+                space.ack_at = now + self._ack_delay
+        return True
+
+    def _plain_payload(self, context: QuicReceiveContext, payload: bytes) -> bool:
+        """Handle the frames; whether they want an ACK."""
+        first = payload[0]
+        if first & 0xF8 != QuicFrameType.STREAM_BASE:
+            ack_eliciting: bool = self._payload_received(context, payload)[0]
+            return ack_eliciting
+        buf = Buffer(data=payload)
+        buf.seek(1)
+        try:
+            self._handle_stream_frame(context, first, buf)
+        except BufferReadError:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.FRAME_ENCODING_ERROR,
+                frame_type=first,
+                reason_phrase="Failed to parse frame",
+            ) from None
+        except StreamFinishedError:
+            pass  # the stream's state is gone: as stock code does, ignore the frame
+        if not buf.eof():
+            self._payload_received(context, payload[buf.tell() :])
+        return True
+
+    _one_rtt: tuple[QuicPacketSpace, CryptoPair] | None = None
+    _idle_restarted_at = 0.0
 
     # --- what aioquic calls
 
@@ -357,6 +473,15 @@ def _check_private_names() -> None:
         "_spaces",
         "_crypto_streams",
         "_close_event",
+        "_close_pending",
+        "_close_at",
+        "_handshake_confirmed",
+        "_network_paths",
+        "_host_cids",
+        "_spin_highest_pn",
+        "_ack_eliciting_sent_since_receipt",
+        "_payload_received",
+        "_handle_stream_frame",
         "_state",
         "_get_or_create_stream_for_send",
         "_handle_crypto_frame",
