@@ -242,7 +242,10 @@ class SwarmFleet:
         state = StateDatabase.open(folder / "state.db")
         holder: list[Swarm] = []
         store = BundleStore.open(
-            folder, state, on_lost=lambda *lost: holder[0].lost(*lost), boot_id="b"
+            folder,
+            state,
+            on_lost=lambda *lost: holder[0].lost(*lost),  # noqa: PLW0108 - made below
+            boot_id="b",
         )
         agent = Agent(name, identity, store)
         agent.swarm = Swarm(

@@ -492,10 +492,11 @@ class Download:
         for piece in pieces:
             self.picker.start(piece, key)
             source.asked(piece, self._lengths[piece], now=now)
-        for first in range(0, len(pieces), limits.MAX_PIECES_PER_REQUEST):
-            effects.append(
-                RequestPieces(key, tuple(pieces[first : first + limits.MAX_PIECES_PER_REQUEST]))
-            )
+        most = limits.MAX_PIECES_PER_REQUEST
+        effects.extend(
+            RequestPieces(key, tuple(pieces[first : first + most]))
+            for first in range(0, len(pieces), most)
+        )
 
     def _lease_useful(self) -> bool:
         gateway = self._gateway
