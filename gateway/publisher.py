@@ -138,9 +138,12 @@ def chunk(
     pieces: PieceStore,
     *,
     measure_only: bool = False,
+    stored: list[PieceId] | None = None,
     progress: Progress | None = None,
 ) -> Content:
     """Cut the files of ``scan`` and store those pieces that are not held; ``measure_only`` stores nothing.
+
+    ``stored`` collects the ids of what was stored, also when this fails.
 
     Raises TooManyPiecesError. Raises InputError: a file changed or cannot be read. Raises StorageError: no room, …
     """
@@ -148,7 +151,15 @@ def chunk(
     if scan.payload_bytes > INLINE_BYTES:
         # One more than there are cores: somebody always waits for an answer or cuts ahead.
         processes = max(2, (os.cpu_count() or 1) + 1)
-    return _Publisher(scan, chunking, pieces, progress, measure_only=measure_only).run(processes)
+    publisher = _Publisher(
+        scan,
+        chunking,
+        pieces,
+        progress,
+        [] if stored is None else stored,
+        measure_only=measure_only,
+    )
+    return publisher.run(processes)
 
 
 class _Slot:
@@ -193,12 +204,14 @@ class _Publisher:
         chunking: Chunking,
         pieces: PieceStore,
         progress: Progress | None,
+        stored: list[PieceId],
         *,
         measure_only: bool,
     ) -> None:
         self._scan = scan
         self._chunking = chunking
         self._pieces = pieces
+        self._stored = stored
         self._measure_only = measure_only
         self._progress = progress
         self._total = scan.payload_bytes
@@ -471,6 +484,7 @@ class _Publisher:
         if self._writing is not None:
             self._writing.result()
         if batch:
+            self._stored += [piece.id for piece in batch]
             self._writing = self._writer.submit(self._pieces.add, batch)
 
 

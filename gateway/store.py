@@ -19,7 +19,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -169,12 +169,22 @@ def _mapped(exc: sqlite3.Error, path: Path) -> Exception:
             return StorageError(
                 f"{path} stayed locked by another process for {BUSY_TIMEOUT_S:.0f} s"
             )
+        # SQLite does not say why it cannot make its journal; without an inode left it cannot.
+        case sqlite3.SQLITE_CANTOPEN if _is_full(path):
+            return DiskFullError(f"the disk is full: opening {path} needs more space or inodes")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
             return ConfigError(
                 f"cannot open {path}: {exc}: run this as the owner of its directory or as root"
             )
         case _:
             return StorageError(f"{path}: {exc}")
+
+
+def _is_full(path: Path) -> bool:
+    with suppress(OSError):
+        found = os.statvfs(path.parent)
+        return found.f_bavail == 0 or (found.f_files > 0 and found.f_favail == 0)
+    return False
 
 
 def _migrate(db: Database, path: Path) -> None:

@@ -9,7 +9,8 @@ any listed bundle names are never dropped.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,8 @@ import msgspec
 from edgesync import manifest, piece_codec
 from edgesync.errors import (
     ConflictError,
+    DiskFullError,
+    EdgeSyncError,
     NotFoundError,
     StorageError,
     UsageError,
@@ -138,11 +141,22 @@ def publish(
     )
     earlier = _versions(trusted, name, before=known)
     similar = _summary(store, model)
-    with Scan.of(path) as scan, PieceStore.open(store) as pieces:
+    stored: list[PieceId] = []
+    with (
+        Scan.of(path) as scan,
+        PieceStore.open(store) as pieces,
+        _room_given_back(store, repo, pieces, stored),
+    ):
         for _ in range(_ATTEMPTS):
             chunking = _chunking(scan, similar, known)
             content = _chunk(
-                scan, chunking, pieces, dry_run=dry_run, fixed=known, progress=progress
+                scan,
+                chunking,
+                pieces,
+                stored,
+                dry_run=dry_run,
+                fixed=known,
+                progress=progress,
             )
             data = draft.manifest(scan, content)
             scan.recheck()
@@ -332,6 +346,7 @@ def _chunk(
     scan: Scan,
     chunking: Chunking,
     pieces: PieceStore,
+    stored: list[PieceId],
     *,
     dry_run: bool,
     fixed: BundleTarget | None,
@@ -339,12 +354,29 @@ def _chunk(
 ) -> Content:
     while True:
         try:
-            return publisher.chunk(scan, chunking, pieces, measure_only=dry_run, progress=progress)
+            return publisher.chunk(
+                scan, chunking, pieces, measure_only=dry_run, stored=stored, progress=progress
+            )
         except TooManyPiecesError:
             # What is published has other content than what needs more pieces than it may have.
             if fixed is not None:
                 raise _other_content(fixed) from None
             chunking = publisher.parameters(chunking.avg * 2)
+
+
+@contextmanager
+def _room_given_back(
+    store: GatewayStore, repo: Repository, pieces: PieceStore, stored: list[PieceId]
+) -> Iterator[None]:
+    """When the disk fills up, drop what was ``stored`` in vain: the gateway's database needs room too."""
+    try:
+        yield
+    except DiskFullError:
+        with suppress(EdgeSyncError):
+            with store.atomic() as db:
+                extents = packs.drop(db.conn, _unlisted(store, repo.trusted(), set(stored)))
+            pieces.reclaim(extents)
+        raise
 
 
 def _list(
@@ -480,15 +512,29 @@ def _refuse_assigned(store: GatewayStore, trusted: Trusted, bundle: BundleTarget
 
 
 def _drop_unshared(store: GatewayStore, trusted: Trusted, bundle: BundleTarget) -> list[Extent]:
-    """Drop the index rows of pieces only ``bundle`` has. With any other manifest unreadable nothing is dropped."""
+    """Drop the index rows of pieces only ``bundle`` has."""
     try:
         own = set(catalogue.load_summary(store, bundle.digest).ids())
-        for other in trusted.bundles:
-            if other.digest != bundle.digest:
-                own.difference_update(catalogue.load_summary(store, other.digest).ids())
     except (NotFoundError, VerificationError):
         return []
-    return packs.drop(store.db.conn, sorted(own))
+    return packs.drop(store.db.conn, _unlisted(store, trusted, own, besides=bundle))
+
+
+def _unlisted(
+    store: GatewayStore,
+    trusted: Trusted,
+    ids: set[PieceId],
+    *,
+    besides: BundleTarget | None = None,
+) -> list[PieceId]:
+    """Those of ``ids`` that no listed bundle has; none if any manifest is unreadable, for it may have them all."""
+    try:
+        for bundle in trusted.bundles:
+            if bundle != besides:
+                ids.difference_update(catalogue.load_summary(store, bundle.digest).ids())
+    except (NotFoundError, VerificationError):
+        return []
+    return sorted(ids)
 
 
 def _is_whole(pieces: PieceStore, piece_id: PieceId, length: int) -> bool:

@@ -281,6 +281,8 @@ def test_a_full_disk_loses_nothing(
             gateway.publish(tree, "app@1")
     gateway.store.db.conn.execute("PRAGMA max_page_count = 1000000000")
     assert gateway.state() == before
+    # What was stored in vain is gone again: the disk is needed for other things.
+    assert gateway.store.rows("SELECT count(*) AS n FROM pieces")[0]["n"] == 1
     assert gateway.listed() == ["app@0"]
     assert gateway.bad("app@0") == []
     assert gateway.publish(tree, "app@1").pieces == 6
