@@ -1,7 +1,7 @@
 """What this device gives to peers: pieces of staged and installed bundles, under upload slots and an upload cap.
 
 It does not decide who is a member (the endpoint has) and holds no connections. Invariants: what is sent was hashed in
-the very buffer it is sent or compressed from; a piece an application changed is answered ``gone`` and told as lost, never
+the very buffer it is sent or compressed from; a piece an application changed is answered ``gone`` and never
 sent; at most UPLOAD_SLOTS peers are served at a time, one request of each at a time.
 """
 

@@ -174,6 +174,9 @@ class Swarm:
             if digest in link.they_want:
                 # It asked while there was nothing to tell.
                 link.tell(self._bitfield(digest, durable=False))
+        self._dial_told()
+
+    def _dial_told(self) -> None:
         for key, addresses in list(self._told.items()):
             self.dial(key, addresses)
 
@@ -249,6 +252,8 @@ class Swarm:
         """
         self._gateway_questions += 1
         self._update_wants()
+        if self._gateway is None:
+            self._dial_told()
         asked: dict[PeerKey, None] = {}
         error: EdgeSyncError = PeerUnreachableError(
             f"neither the gateway nor a peer is in reach: {self._gateway_problem}"
@@ -698,7 +703,7 @@ class Swarm:
         return dict(self._rejected)
 
     def lost(self, digest: Digest, piece: int) -> None:
-        """The store found a piece it no longer holds: stop offering it, fetch it where it is being fetched. Any thread."""
+        """The store found a piece it no longer holds: stop offering it, fetch it where it is wanted. Any thread."""
         self._loop.call_soon_threadsafe(self._on_lost, digest, piece)
 
     def _on_lost(self, digest: Digest, piece: int) -> None:

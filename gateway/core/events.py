@@ -28,7 +28,7 @@ class BundleRetired:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConnected:
-    """A device's session is open; where other devices may dial it. The same session again: its site or place changed."""
+    """A device's session is open; where other devices may dial it. The same session again: it moved."""
 
     device: PeerKey
     id: str

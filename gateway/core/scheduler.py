@@ -223,7 +223,7 @@ class Scheduler:
     # --- what others read
 
     def min_site_replication(self, *, now: float) -> int | None:
-        """Durable copies of the rarest piece at live devices, smallest over active bundles and sites; None: none active."""
+        """Durable copies of the rarest piece at live devices: the smallest of all active swarms; None: none is."""
         found: list[int] = []
         for swarm in self._swarms.values():
             if now - swarm.active_at > ACTIVE_FOR_S:

@@ -29,7 +29,8 @@ async def test_devices_share_one_copy(tmp_path: Path) -> None:
             one.counters.bytes_from_gateway + one.counters.bytes_from_peers for one in staged
         ]
         assert all(content.wire_bytes <= size <= content.wire_bytes * 1.02 for size in received)
-        assert fleet.seeder.min_site_replication() == 4
+        seeder = fleet.seeder
+        await until(lambda: seeder.min_site_replication() == 4)
 
 
 async def test_devices_finish_without_the_gateway(tmp_path: Path) -> None:
