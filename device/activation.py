@@ -52,7 +52,6 @@ def install(staged: "StagedBundle", *, switch: bool) -> Path:
         store.check_writable()
         if not staged.have.complete:
             raise InstallError(f"{what} lacks {len(staged.have) - staged.have.count} pieces")
-        staged.allocate()  # a bundle of empty files and folders has had no piece to write
     staged.flush()
     with store.lock:
         staged.close_files()
@@ -175,9 +174,13 @@ def _finish_row(
 
 
 def _finish_tree(staged: "StagedBundle", tree: Tree) -> None:
-    """Set modes and make symlinks; remove what the manifest does not list."""
+    """Set modes and make symlinks; remove what the manifest does not list, make what is missing."""
     tree_map = staged.map
     _prune(tree, tree_map)
+    with staged.store.lock:
+        # Makes what is missing: files of a bundle without pieces, or one that was deleted, whose hash will tell.
+        staged.allocated = False
+        staged.allocate()
     for file, path in enumerate(tree_map.files):
         info = tree.stat(path)
         mode = tree_map.file_modes[file]
