@@ -299,8 +299,13 @@ def check_walk(tree: Tree, tree_map: TreeMap) -> None:
         raise InstallError(f"the tree on disk is not the manifest's: {difference[0]}")
 
 
-def walk_differences(tree: Tree, tree_map: TreeMap, *, first_only: bool = False) -> list[str]:
-    """Sentences on every entry that is missing, unknown or not as the manifest says; contents are not read."""
+def walk_differences(
+    tree: Tree, tree_map: TreeMap, *, first_only: bool = False, in_use: bool = False
+) -> list[str]:
+    """Sentences on every entry that is missing, unknown or not as the manifest says; contents are not read.
+
+    Of a tree ``in_use`` the ``mutable`` files may have any size and mode.
+    """
     files = {path: file for file, path in enumerate(tree_map.files)}
     folders = {path: position for position, path in enumerate(tree_map.directories)}
     links = dict(zip(tree_map.symlinks, tree_map.symlink_targets, strict=True))
@@ -309,10 +314,9 @@ def walk_differences(tree: Tree, tree_map: TreeMap, *, first_only: bool = False)
         mode = stat.S_IMODE(info.st_mode)
         if stat.S_ISREG(info.st_mode):
             file = files.pop(path, None)
-            fine = (
-                file is not None
-                and info.st_size == tree_map.file_sizes[file]
-                and mode == tree_map.file_modes[file]
+            fine = file is not None and (
+                (info.st_size == tree_map.file_sizes[file] and mode == tree_map.file_modes[file])
+                or (in_use and bool(tree_map.file_mutable[file]))
             )
         elif stat.S_ISDIR(info.st_mode):
             position = folders.pop(path, None)
@@ -340,12 +344,17 @@ def verify_held(held: "HeldBundle", progress: Callable[[int, int], None] | None)
         with Tree.open(held.path) as tree:
             for file, path in enumerate(tree_map.files):
                 if _file_digest(tree, tree_map, file) != tree_map.file_sha256(file):
-                    found.append(f"{path!a} has other contents or is missing")
+                    if not tree_map.file_mutable[file]:
+                        found.append(f"{path!a} has other contents or is missing")
                     wrong |= _wrong_pieces(tree, tree_map, file)
                 done += tree_map.file_sizes[file]
                 if progress is not None:
                     progress(done, tree_map.payload_bytes)
-            found.extend(walk_differences(tree, tree_map))
+            found.extend(
+                sentence
+                for sentence in walk_differences(tree, tree_map, in_use=True)
+                if not any(known.startswith(sentence.split("' ")[0]) for known in found)
+            )
     except OSError as exc:
         raise atomic.storage_error(exc, f"verifying {held.name}@{held.version}") from exc
     with store.lock:

@@ -261,6 +261,20 @@ class HeldBundle(Bundle):
     """The tree was found to differ from its manifest: ``begin`` stages it anew."""
 
     @property
+    def complete(self) -> bool:
+        """Nothing has to be fetched again: what an application made of its ``mutable`` files is its own."""
+        if self.have.complete:
+            return True
+        try:
+            tree_map = self.map
+        except EdgeSyncError:
+            return False
+        return all(
+            any(tree_map.file_mutable[file] for file, _ in tree_map.occurrences(piece))
+            for piece in self.have.missing()
+        )
+
+    @property
     def path(self) -> Path:
         return self.store.bundle_path(self.name, self.version)
 
@@ -909,7 +923,7 @@ class BundleStore:
             staged = self._staged.get(digest)
             if staged is None:
                 held = self._held.get(digest)
-                if held is not None and held.have.complete and not held.damaged:
+                if held is not None and held.complete and not held.damaged:
                     raise ConflictError(f"{held.name}@{held.version} is already on this device")
                 try:
                     staged = self._stage(digest, manifest_bytes, manifest)

@@ -237,7 +237,8 @@ class Installer:
         if known is not None:
             row.started = known.started
         held = self._store.held(target.digest)
-        if held is not None and held.complete:
+        # A changed one is staged anew, from its own good files and whoever holds the rest.
+        if held is not None and held.complete and not held.damaged:
             if install and self._store.active(row.name) is not held:
                 await self._in_storage(self._store.activate, target.digest)
             await self._succeed(row, held, target, install=install)

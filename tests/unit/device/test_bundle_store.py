@@ -356,6 +356,23 @@ def test_an_extra_file_in_a_held_tree_is_a_reason_to_stage_it_anew(device: Devic
     assert read_tree(path) == built.files
 
 
+def test_a_mutable_file_belongs_to_the_application(device: Device) -> None:
+    built = build({"config": b"default" * 100, "code": b"c" * 900}, mutable=frozenset({"config"}))
+    path = device.install(built)
+    (path / "config").write_bytes(b"mine")
+    held = device.store.held(built.digest)
+    assert held is not None
+    assert device.store.verify(built.digest) == []
+    assert held.have.count == 1
+    assert held.complete
+    assert device.store.activate(built.digest) == path
+    with pytest.raises(ConflictError):
+        device.begin(built)
+    (path / "code").write_bytes(b"C" * 900)
+    assert len(device.store.verify(built.digest)) == 1
+    assert not held.complete
+
+
 def test_a_repair_that_is_given_up_leaves_the_old_tree(device: Device) -> None:
     built = build(SMALL)
     path = device.install(built)
