@@ -73,6 +73,8 @@ SYNC_EACH_UP_TO = 4
 COUNTER_INTERVAL_S = 0.1
 COUNTER_BYTES = 64 * limits.KIB
 """Counters are committed (unsynced) this often, so that a kill loses little of what a status screen adds up."""
+SERVING_INTERVAL_S = 1.0
+"""The same while pieces are only read."""
 OCCURRENCES_TRIED = 8
 """Places a piece is looked for before it counts as lost."""
 
@@ -113,6 +115,8 @@ class Bundle:
         """Pieces proven to be on the disk."""
         self.have = durable.copy()
         """Pieces verified in this run or durable: what may be offered to peers under the store's epoch."""
+        self.spent = False
+        """Activated, replaced or removed: whoever still holds this object reads from its successor."""
         self.counters = store.state.counters(row.digest)
         self._counters_saved_at = 0.0
         self._counters_saved = self.counters.total()
@@ -183,6 +187,9 @@ class Bundle:
         A piece that no longer hashes is cleared and reported as lost; nothing is raised.
         """
         with self.store.lock:
+            if self.spent:
+                successor = self.store.get(self.digest)
+                return successor.read_piece(index) if successor is not None else None
             if index not in self.have:
                 return None
             try:
@@ -196,9 +203,19 @@ class Bundle:
         for file, offset in places:
             data = self.read_range(file, offset, size)
             if data is not None and hashlib.sha256(data).digest() == wanted:
+                self._save_counters_of_serving()
                 return data
-        self.lose([index])
+        with self.store.lock:
+            if self.spent:  # since this call began
+                return self.read_piece(index)
+            self.lose([index])
         return None
+
+    def _save_counters_of_serving(self) -> None:
+        if time.monotonic() - self._counters_saved_at >= SERVING_INTERVAL_S:
+            with self.store.lock, contextlib.suppress(StorageError):
+                if not self.spent and self.store.read_only_reason is None:
+                    self.save_counters()
 
     def read_range(self, file: int, offset: int, size: int) -> bytes | None:
         """Bytes of a file as they are now; None where it is missing, short or unreadable."""
@@ -231,6 +248,8 @@ class Bundle:
     def lose(self, pieces: Iterable[int]) -> list[int]:
         """Clear pieces whose bytes are wrong, durably, before anything may be written over them."""
         with self.store.lock:
+            if self.spent:
+                return []
             lost = [piece for piece in pieces if self.have.discard(piece)]
             self._forget_pending(lost)
             unclaimed = [piece for piece in lost if self.durable.discard(piece)]
@@ -965,12 +984,15 @@ class BundleStore:
         with self.lock:
             bundle = self._staged.pop(digest, None)
             if bundle is not None:
+                bundle.spent = True
                 bundle.close()
 
     def drop_held(self, digest: Digest) -> None:
         with self.lock:
             self.unload(digest)
-            self._held.pop(digest, None)
+            bundle = self._held.pop(digest, None)
+            if bundle is not None:
+                bundle.spent = True
 
     def activate(self, digest: Digest) -> Path:
         """Make a held version the active one (again), after its whole tree was verified.

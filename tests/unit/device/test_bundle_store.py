@@ -356,6 +356,23 @@ def test_an_extra_file_in_a_held_tree_is_a_reason_to_stage_it_anew(device: Devic
     assert read_tree(path) == built.files
 
 
+def test_who_still_holds_a_spent_bundle_reads_from_its_successor(device: Device) -> None:
+    built = build(SMALL)
+    staged = device.begin(built)
+    fill(staged, built)
+    staged.activate()
+    assert [staged.read_piece(n) for n in range(len(built.pieces))] == built.pieces
+    assert staged.lose([0]) == []
+    held = device.store.held(built.digest)
+    assert held is not None
+    other = one("2.0", a=b"a")
+    device.install(other)
+    device.store.remove(built.digest)
+    assert held.read_piece(0) is None
+    assert not device.lost
+    assert device.store.held(other.digest) is not None
+
+
 def test_a_mutable_file_belongs_to_the_application(device: Device) -> None:
     built = build({"config": b"default" * 100, "code": b"c" * 900}, mutable=frozenset({"config"}))
     path = device.install(built)
