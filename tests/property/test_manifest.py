@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+import re
 import string
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -291,6 +293,30 @@ def test_mutated_bytes() -> None:
         except EdgeSyncError:
             continue
         manifest.check(parsed)
+
+
+@given(st.text("a./\\~ \x7f\x1fé", max_size=300) | st.text(max_size=12))
+@settings(max_examples=1500, deadline=None)
+def test_the_short_way_for_plain_paths_takes_no_other(path: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            short = manifest.check_path(path)
+        except UnsafePathError:
+            short = None
+        patch.setattr(manifest, "_PLAIN", re.compile(r"(?!)"))
+        try:
+            long = manifest.check_path(path)
+        except UnsafePathError:
+            long = None
+    assert short == long
+    assert manifest.fold(path) == unicodedata.normalize("NFC", path.casefold())
+
+
+def test_long_components_and_paths() -> None:
+    manifest.check_path("a" * 255 + "/" + "b" * 255)
+    for path in ("a" * 256, "b/" + "a" * 256, "a/" * 2048, "/".join(["a" * 200] * 21), "é" * 128):
+        with pytest.raises(UnsafePathError):
+            manifest.check_path(path)
 
 
 def link_farm(links: dict[str, str]) -> Manifest:
