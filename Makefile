@@ -2,22 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.lock-sha256
 
 .PHONY: demo test check unit format lint types arrows acceptance bench lock venv docs clean
 
 demo: venv
 	$(BIN)/edgesync demo --tour
 
-# Redone only when the lock changes: the stamp holds the lock's hash, not a time.
+# Redone only when the lock or the interpreter changes: the stamp holds their hash, not a time. A changed pyproject.toml
+# only installs the project itself again, which makes its commands.
 venv:
-	@want=$$($(PYTHON) -c "import hashlib,sys;print(hashlib.sha256(open('requirements.lock','rb').read()+open('pyproject.toml','rb').read()+sys.version.encode()).hexdigest())"); \
-	if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$want" ]; then \
-	  set -e; echo "making $(VENV) (once; takes about half a minute)" >&2; \
+	@set -e; \
+	lock=$$($(PYTHON) -c "import hashlib,sys;print(hashlib.sha256(open('requirements.lock','rb').read()+sys.version.encode()).hexdigest())"); \
+	project=$$($(PYTHON) -c "import hashlib;print(hashlib.sha256(open('pyproject.toml','rb').read()).hexdigest())"); \
+	if [ "$$(cat $(VENV)/.lock-sha256 2>/dev/null)" != "$$lock" ]; then \
+	  echo "making $(VENV) (once; takes about half a minute)" >&2; \
 	  rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .; \
-	  printf '%s' "$$want" > $(STAMP); \
+	  $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements.lock; \
+	  printf '%s' "$$lock" > $(VENV)/.lock-sha256; \
+	fi; \
+	if [ "$$(cat $(VENV)/.project-sha256 2>/dev/null)" != "$$project" ]; then \
+	  $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .; \
+	  printf '%s' "$$project" > $(VENV)/.project-sha256; \
 	fi
 
 test: check

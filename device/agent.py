@@ -62,6 +62,8 @@ class Agent:
         self._notes: dict[str, str] = {}
         self._pending = False
         self._gateway_epoch = 0
+        self._swarm: Swarm
+        self._tell_lost: Callable[[Digest, int], None] | None = None
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT. Raises EdgeSyncError: it cannot start, and why."""
@@ -152,6 +154,7 @@ class Agent:
             download_limit=settings.download_limit,
             on_versions=self._versions_told,
         )
+        self._tell_lost = self._swarm.lost
         try:
             self._endpoint = await Endpoint.open(
                 host=settings.listen_quic.host,
@@ -524,6 +527,8 @@ class Agent:
     def _lost(self, digest: Digest, piece: int) -> None:
         """A piece on disk is no longer what was installed; called from the thread that noticed."""
         logger.warning("piece %d of %s on disk was changed by something else", piece, digest[:12])
+        if self._tell_lost is not None:
+            self._tell_lost(digest, piece)
 
     async def _watchdog(self) -> None:
         """Feed the supervisor only while the loop turns and the database answers."""

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from device.bundle_store import BundleStore, HeldBundle, StagedBundle
+from device.core.install import State, may_follow, state_of
 from device.executions import Execution, Executions
 from device.metadata import Metadata
 from device.trust_store import TrustStore
@@ -74,6 +75,7 @@ class Installer:
         self._slots = asyncio.Semaphore(PARALLEL_BUNDLES)
         self.rows: dict[Digest, Execution] = {row.digest: row for row in executions.all()}
         self._wake: dict[tuple[str, str], asyncio.Event] = {}
+        self._told: dict[Digest, State] = {}
 
     # --- what shall be here -----------------------------------------------------------------------------------------
     def want(self, entries: Iterable[Entry]) -> None:
@@ -81,7 +83,7 @@ class Installer:
         self._entries = {BundleName(entry.name): entry for entry in entries}
         wanted = {(entry.name, entry.version) for entry in self._entries.values()}
         for key, task in list(self._tasks.items()):
-            if key not in wanted:
+            if key not in wanted and not self._is_activating(*key):
                 task.cancel()
         for entry in self._entries.values():
             key = (entry.name, entry.version)
@@ -89,6 +91,14 @@ class Installer:
                 self._wake[key].set()
             else:
                 self._start(key, self._assigned(entry))
+
+    def _is_activating(self, name: str, version: str) -> bool:
+        """Whether it is too late to cancel: what switches trees is settled first."""
+        return any(
+            (row.name, row.version, row.status) == (name, version, "in_progress")
+            and row.step in {"installing", "verifying"}
+            for row in self.rows.values()
+        )
 
     def look_again(self) -> None:
         """Metadata or disk changed: whoever waits tries anew."""
@@ -273,6 +283,8 @@ class Installer:
         row.step = "installing"
         await self._put(row)
         await self._in_storage(staged.activate)
+        row.step = "verifying"
+        await self._put(row)
         held = self._store.held(target.digest)
         assert held is not None
         await self._succeed(row, held, target, install=True)
@@ -328,6 +340,11 @@ class Installer:
 
     async def _put(self, row: Execution) -> None:
         self.rows[row.digest] = row
+        now = state_of(row.status, row.step)
+        before = self._told.get(row.digest)
+        if before not in {None, now} and not may_follow(before, now):
+            logger.error("%s@%s went from %s to %s", row.name, row.version, before, now)
+        self._told[row.digest] = now
         try:
             await self._in_storage(self._executions.put, row)
         except StorageError:

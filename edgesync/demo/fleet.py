@@ -249,7 +249,11 @@ def _environment() -> dict[str, str]:
 
     One setting is added: a person is watching, and five processes on one machine storm no broker.
     """
-    own = {key: value for key, value in os.environ.items() if not key.startswith("EDGESYNC_") or key == "EDGESYNC_LOG"}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("EDGESYNC_") or key == "EDGESYNC_LOG"
+    }
     return {"EDGESYNC_RECONNECT_MAX": "2s", **own}
 
 

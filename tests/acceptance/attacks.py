@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,28 @@ def _attack(port: int, pid: int, member: Path) -> list[dict[str, Any]]:
         check=True,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@contextmanager
+def intruder(fleet: Fleet, digest: str, mode: str) -> Iterator[None]:
+    """A member that joined like any other and lies about one bundle."""
+    data = fleet.work / "intruder"
+    arguments = ("agent", "join", "--token-file", "-", "--id", "intruder", "--data", str(data))
+    fleet.run(*arguments, stdin=fleet.token())
+    with fleet.log_file("intruder").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgesync.testing.hostile_member", "--data", str(data)]
+            + ["--bundle", digest, "--mode", mode, "--interface", "127.0.0.1"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def mdns_flood(

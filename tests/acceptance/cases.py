@@ -168,7 +168,11 @@ def _share(device: Device) -> float:
 
 
 def gateway_loss(work: Path, tree: Path, *, runs: int, devices: int, rate: int) -> Result:
-    """SIGKILL the gateway once every piece has two durable copies; every device must finish from its peers."""
+    """SIGKILL the gateway once every piece has two durable copies; every device must finish from its peers.
+
+    Peers are quick, so that mostly all are done by then: one device is killed on its way and started again only after
+    the gateway is gone, with most of the bundle still to come.
+    """
     result = Result(f"gateway lost, {runs} runs")
     finished = 0
     unfinished_at_kill = 0
@@ -181,12 +185,18 @@ def gateway_loss(work: Path, tree: Path, *, runs: int, devices: int, rate: int) 
                 replication = fleet.gateway_status()["min_site_replication"]
                 return replication is not None and replication >= 2
 
+            late = fleet.devices[-1]
+            fleet.wait(
+                "a quarter to have arrived", lambda late=late: _share(late) >= 0.25, timeout_s=300
+            )
+            late.kill()
             fleet.wait("two copies of every piece", replicated, timeout_s=300)
             unfinished_at_kill += sum(
                 (d.bundle("demo", "1") or {}).get("state") != "succeeded" for d in fleet.devices
             )
             os.kill(fleet.gateway_pid, signal.SIGKILL)
             fleet.kill_gateway()
+            fleet.start_device(late)
             wait_delivered(fleet, "1")
             want = source.describe(tree)
             finished += all(

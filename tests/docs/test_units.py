@@ -16,7 +16,9 @@ def test_there_is_a_unit_for_each_daemon() -> None:
     assert [unit.name for unit in UNITS] == ["edgesync-agent.service", "edgesync-gateway.service"]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_exposure(unit: Path) -> None:
     done = subprocess.run(
