@@ -7,6 +7,7 @@ believed in ``edgesync.trust``. It starts without network, broker or gateway, an
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -572,6 +573,8 @@ def main() -> int:
     )
 
     def start() -> None:
+        # What was imported stays; the collector need not look at it again, and comes sooner to what a transfer leaves.
+        gc.freeze()
         data = DataDir.open(datadir.choose_path("agent", None), "agent")
         settings = config.load(AgentSettings, data.config).values
         with data.lock():

@@ -24,7 +24,7 @@ Fetch = Callable[[str, int], Awaitable[bytes]]
 """Name and cap → bytes, from whoever has it. Raises EdgeSyncError when nobody does."""
 
 T = TypeVar("T")
-MAX_CACHED_BYTES = 4 * limits.MIB
+MAX_CACHED_BYTES = limits.MIB
 MAX_ROUNDS = limits.MAX_ROOT_ROTATIONS + limits.MAX_DELEGATED_ROLES + 8
 """Times a refresh may ask for more: each answer of ``trust.wanted`` must bring it nearer to the end."""
 

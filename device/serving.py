@@ -28,7 +28,7 @@ SLOT_WAIT_S: Final = 2.0
 CACHE_BYTES: Final = limits.MIB
 """Pieces just received, in the form they came: the next peers ask for exactly these."""
 FINDERS: Final = 4
-READ_THREADS: Final = 2
+READ_THREADS: Final = 1
 TRIED_BYTES: Final = 4 * limits.MIB
 WORTH: Final = 0.97
 """A bundle of which TRIED_BYTES shrank to no less than this is sent as it is from then on."""
