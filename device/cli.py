@@ -202,7 +202,8 @@ def get(
     """
     from device import getting
 
-    getting.get(_data_dir(data).path, bundle, out)
+    fetched = getting.get(_data_dir(data).path, bundle, out)
+    typer.echo(f"{fetched} is in {out}")
 
 
 class _Role:

@@ -38,8 +38,10 @@ def parse(bundle: str) -> tuple[str, str | None]:
     return name, version if at else None
 
 
-def get(data: Path, bundle: str, out: Path) -> None:
-    """Raises NotFoundError: no such bundle. Raises ConflictError: OUT exists. Raises StorageError: it broke off."""
+def get(data: Path, bundle: str, out: Path) -> str:
+    """Write a bundle to ``out``; returns ``NAME@VERSION``.
+
+    Raises NotFoundError: no such bundle. Raises ConflictError: OUT exists. Raises StorageError: it broke off."""
     name, version = parse(bundle)
     if os.path.lexists(out):
         raise ConflictError(f"{out} exists already: remove it or name another path")
@@ -60,6 +62,7 @@ def get(data: Path, bundle: str, out: Path) -> None:
                 f"the agent went away before {bundle} was whole: run the same command again"
             )
         _write(stream, out, single=bool(header["single_file"]))
+        return f"{header['name']}@{header['version']}"
 
 
 def _write(stream: Any, out: Path, *, single: bool) -> None:

@@ -14,7 +14,7 @@ from device.config import AgentSettings
 from device.getting import parse
 from device.state import StateDatabase
 from edgesync import config
-from edgesync.errors import NotFoundError, UsageError
+from edgesync.errors import ConflictError, NotFoundError, UsageError
 from edgesync.io import control
 from edgesync.storage.datadir import DataDir
 
@@ -86,7 +86,7 @@ def perform(store: BundleStore, request: dict[str, object], *, assigned: Any) ->
             }
         case "bundle_remove":
             if assigned(info.name, info.version):
-                raise UsageError(
+                raise ConflictError(
                     f"{info.name}@{info.version} is assigned to this device: unassign it on the gateway first"
                 )
             store.remove(info.digest)

@@ -81,11 +81,10 @@ def metadata_facts(view: Any) -> dict[str, object]:
 
 
 def _from_disk(data: DataDir) -> dict[str, Any]:
-    import json
-
+    from device.joining import Membership
     from device.trust_store import TrustStore
 
-    joined = json.loads(data.join_file.read_text()) if data.join_file.exists() else {}
+    joined = Membership.load(data)
     problems = ["the agent is not running: start it with `edgesync agent run`"]
     executions: list[Execution] = []
     counters: dict[Digest, Counters] = {}
@@ -106,8 +105,8 @@ def _from_disk(data: DataDir) -> dict[str, Any]:
     except EdgeSyncError as exc:
         problems.append(str(exc))
     return build(
-        device_id=str(joined.get("id", "")),
-        gateway={"connected": False, "last_seen": None, "id": joined.get("gateway", "")},
+        device_id=joined.id,
+        gateway={"connected": False, "last_seen": None, "id": joined.gateway},
         peers=[],
         executions=executions,
         counters=counters,
