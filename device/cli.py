@@ -73,7 +73,8 @@ def _read_token(token_file: str | None) -> str:
             "no token: make one on the gateway with `edgesync token create` and give it with --token-file FILE, "
             "on stdin with --token-file -, or in EDGESYNC_TOKEN"
         )
-    return text.strip()
+    # What `token create` printed may be given whole: the token is the word that looks like one.
+    return next((word for word in text.split() if word.startswith("es1")), text.strip())
 
 
 @agent_app.command("join")
