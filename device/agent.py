@@ -24,6 +24,7 @@ from device.discovery import Discovery
 from device.executions import Execution, Executions
 from device.installer import Installer
 from device.joining import Membership
+from device.memory import give_back
 from device.metadata import Metadata
 from device.outbox import Outbox
 from device.reading_rights import ReadingRights
@@ -574,6 +575,7 @@ def main() -> int:
 
     def start() -> None:
         # What was imported stays; the collector need not look at it again, and comes sooner to what a transfer leaves.
+        give_back()
         gc.freeze()
         data = DataDir.open(datadir.choose_path("agent", None), "agent")
         settings = config.load(AgentSettings, data.config).values

@@ -41,7 +41,8 @@ def parse(bundle: str) -> tuple[str, str | None]:
 def get(data: Path, bundle: str, out: Path) -> str:
     """Write a bundle to ``out``; returns ``NAME@VERSION``.
 
-    Raises NotFoundError: no such bundle. Raises ConflictError: OUT exists. Raises StorageError: it broke off."""
+    Raises NotFoundError: no such bundle. Raises ConflictError: OUT exists. Raises StorageError: it broke off.
+    """
     name, version = parse(bundle)
     if os.path.lexists(out):
         raise ConflictError(f"{out} exists already: remove it or name another path")

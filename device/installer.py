@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from device.bundle_store import BundleStore, HeldBundle, StagedBundle
 from device.core.install import State, may_follow, state_of
 from device.executions import Execution, Executions
+from device.memory import give_back
 from device.metadata import Metadata
 from device.trust_store import TrustStore
 from edgesync import manifest as manifests
@@ -261,10 +262,12 @@ class Installer:
             staged = await self._in_storage(self._store.begin, data, parsed)
             row.pieces_have = staged.have.count
             del data, parsed  # megabytes that nobody needs while pieces come
+            await self._in_storage(give_back)
             await self._put(row)
             if not staged.complete:
                 await self._in_storage(staged.import_local)
             await self._swarm.fetch_bundle(staged)
+            await self._in_storage(give_back)
             row.pieces_have = staged.have.count
             row.step = "downloaded"
             await self._put(row)
