@@ -23,7 +23,8 @@ venv:
 	if [ "$$(cat $(VENV)/.project-sha256 2>/dev/null)" != "$$project" ]; then \
 	  $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .; \
 	  printf '%s' "$$project" > $(VENV)/.project-sha256; \
-	fi
+	fi; \
+	$(BIN)/python -m compileall -q edgesync gateway device
 
 test: check
 	$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/property --ignore=tests/vectors
