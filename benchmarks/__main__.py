@@ -1,7 +1,7 @@
 """`make bench`: timings and memory of the real programs, one row a figure. Never part of the tests.
 
-``python -m benchmarks [NAME …]`` runs the named ones. Quote medians and ratios from a quiet machine: each row says how it
-was taken, and bars are stated beside figures that have one.
+``python -m benchmarks [NAME …]`` runs the named ones. Quote medians and ratios from a quiet machine: each row says how
+it was taken, and bars are stated beside figures that have one.
 """
 
 import importlib

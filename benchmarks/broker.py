@@ -6,9 +6,9 @@ the machine with it, so rates are to be read against each other. Loopback only.
 
 import asyncio
 import json
+import shutil
 import os
 import ssl
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -125,13 +125,17 @@ async def measure(kind: str, count: int, directory: Path) -> dict[str, object]:
     return out
 
 
-def main() -> None:
-    kinds = [sys.argv[1]] if len(sys.argv) > 1 else ["embedded", "mosquitto"]
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 300
-    for kind in kinds:
+def run(count: int = 300) -> list[str]:
+    """One row a broker; mosquitto only where it is installed."""
+    rows = []
+    for kind in ("embedded", "mosquitto"):
+        if kind == "mosquitto" and shutil.which("mosquitto", path="/usr/sbin:/usr/bin") is None:
+            rows.append("mosquitto is not installed")
+            continue
         with tempfile.TemporaryDirectory() as directory:
-            print(json.dumps(asyncio.run(measure(kind, count, Path(directory)))))
+            rows.append(json.dumps(asyncio.run(measure(kind, count, Path(directory)))))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    print(*run(), sep="\n")
