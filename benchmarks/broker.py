@@ -6,8 +6,8 @@ the machine with it, so rates are to be read against each other. Loopback only.
 
 import asyncio
 import json
-import shutil
 import os
+import shutil
 import ssl
 import tempfile
 import time
