@@ -49,6 +49,7 @@ PENDING_RETRY_S = 10.0
 METADATA_INTERVAL_S = 15 * 60.0
 """How often metadata is asked for where no broker brings it."""
 COALESCE_S = 0.1
+ASK_VERSIONS_S = 5.0
 LOOP_LAG_LIMIT_S = 10.0
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Agent:
         self._notes: dict[str, str] = {}
         self._pending = False
         self._gateway_epoch = 0
+        self._asked_versions_at = -ASK_VERSIONS_S
         self._swarm: Swarm
         self._tell_lost: Callable[[Digest, int], None] | None = None
 
@@ -271,9 +273,14 @@ class Agent:
         view = self._metadata.trusted
         return view.root_version, view.timestamp_version
 
-    def _versions_told(self, _peer: PeerKey, root: int, timestamp: int) -> None:
+    def _versions_told(self, peer: PeerKey, root: int, timestamp: int) -> None:
         """A peer or the gateway has other metadata; newer is worth asking for, whoever says so is not believed."""
-        if (root, timestamp) > self._versions():
+        if peer == self._gateway_key() and not self._telemetry.link.connected:
+            self._telemetry.link.kick()  # the gateway is there: its broker may be too
+        now = time.monotonic()
+        # A member that keeps claiming newer versions costs one question in a while.
+        if (root, timestamp) > self._versions() and now - self._asked_versions_at >= ASK_VERSIONS_S:
+            self._asked_versions_at = now
             self._metadata_due.set()
 
     # --- what the broker brings (Listener) ---------------------------------------------------------------------------
