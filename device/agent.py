@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 PENDING_RETRY_S = 10.0
 METADATA_INTERVAL_S = 15 * 60.0
 """How often metadata is asked for where no broker brings it."""
+METADATA_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
 LOOP_LAG_LIMIT_S = 10.0
@@ -240,15 +241,16 @@ class Agent:
     async def _keep_metadata(self) -> None:
         """Take offered timestamps, one at a time, and ask around where nobody offers any."""
         while True:
+            pause = METADATA_RETRY_S if self._timestamp is not None else METADATA_INTERVAL_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._metadata_due.wait(), METADATA_INTERVAL_S)
+                await asyncio.wait_for(self._metadata_due.wait(), pause)
             # Retained files arrive in any order: what is already on its way need not be fetched.
             await asyncio.sleep(COALESCE_S)
             self._metadata_due.clear()
             if self._timestamp is not None:
                 offered, self._timestamp = self._timestamp, None
                 await self._metadata.offer(offered)
-                if self._metadata.problem:
+                if self._metadata.incomplete:
                     self._timestamp = self._timestamp or offered
             else:
                 await self._metadata.refresh()

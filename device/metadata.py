@@ -45,6 +45,8 @@ class Metadata:
         self._lock = asyncio.Lock()
         self.problem = ""
         """Why the last refresh did not succeed; empty when it did."""
+        self.incomplete = False
+        """The last offer is worth another try: something it needs could not be fetched."""
         self.on_change: Callable[[], Awaitable[None]] | None = None
 
     @property
@@ -83,9 +85,11 @@ class Metadata:
                 changed = await self._refresh(timestamp)
             except EdgeSyncError as exc:
                 self.problem = str(exc)
+                # What does not verify stays wrong; what could not be fetched may be had later.
+                self.incomplete = not isinstance(exc, VerificationError)
                 logger.warning("metadata: %s", exc)
                 return False
-            self.problem = ""
+            self.problem, self.incomplete = "", False
         if changed and self.on_change is not None:
             await self.on_change()
         return changed
