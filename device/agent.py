@@ -34,7 +34,13 @@ from device.telemetry import Telemetry
 from device.trust_store import TrustStore
 from edgesync import __version__, config
 from edgesync.cli.errors import run as run_command
-from edgesync.errors import ConfigError, EdgeSyncError, NotAuthorizedError, StorageError
+from edgesync.errors import (
+    ConfigError,
+    EdgeSyncError,
+    NotAuthorizedError,
+    RollbackRefusedError,
+    StorageError,
+)
 from edgesync.ids import Digest, PeerKey
 from edgesync.io import systemd
 from edgesync.io.mqtt import LinkConfig
@@ -49,9 +55,11 @@ PENDING_RETRY_S = 10.0
 METADATA_INTERVAL_S = 15 * 60.0
 """How often metadata is asked for where no broker brings it."""
 METADATA_RETRY_S = 10.0
+ASSIGNMENT_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
 LOOP_LAG_LIMIT_S = 10.0
+START_TIMEOUT_S = 3600.0
 T = TypeVar("T")
 
 
@@ -66,6 +74,7 @@ class Agent:
         self._notes: dict[str, str] = {}
         self._pending = False
         self._gateway_epoch = 0
+        self._refused_assignment: bytes | None = None
         self._asked_versions_at = -ASK_VERSIONS_S
         self._swarm: Swarm
         self._tell_lost: Callable[[Digest, int], None] | None = None
@@ -98,6 +107,8 @@ class Agent:
     # --- starting ---------------------------------------------------------------------------------------------------
     async def _open_stores(self, stack: contextlib.AsyncExitStack) -> None:
         in_thread = asyncio.to_thread
+        # What a power cut left is hashed before anything else: gigabytes on a slow card take their time.
+        systemd.notify(f"EXTEND_TIMEOUT_USEC={START_TIMEOUT_S * 1_000_000:.0f}")
         self._trust_store = await in_thread(TrustStore.open, self._data.path)
         stack.callback(self._trust_store.close)
         self._state = await in_thread(StateDatabase.open, self._data.state_database)
@@ -159,7 +170,6 @@ class Agent:
             download_limit=settings.download_limit,
             on_versions=self._versions_told,
         )
-        self._tell_lost = self._swarm.lost
         try:
             self._endpoint = await Endpoint.open(
                 host=settings.listen_quic.host,
@@ -186,6 +196,8 @@ class Agent:
             on_change=self._execution_changed,
         )
         stack.push_async_callback(self._installer.close)
+        self._loop = asyncio.get_running_loop()
+        self._tell_lost = self._swarm.lost
         self._telemetry = Telemetry(
             device_id=self._member.id,
             gateway_id=self._member.gateway,
@@ -204,7 +216,12 @@ class Agent:
         self._resume_assignments()
         tasks = [
             asyncio.ensure_future(work)
-            for work in (self._telemetry.run(), self._keep_metadata(), self._watchdog())
+            for work in (
+                self._telemetry.run(),
+                self._keep_metadata(),
+                self._keep_assignments(),
+                self._watchdog(),
+            )
         ]
         if settings.mdns:
             self._discovery = Discovery(
@@ -297,6 +314,7 @@ class Agent:
         self._installer.look_again()
 
     async def assignment_offered(self, data: bytes) -> None:
+        """Raises EdgeSyncError: refused, or not stored; ``assignment_refused`` then keeps it for another try."""
         accepted = await self._in_storage(
             functools.partial(
                 self._trust_store.accept_assignments,
@@ -307,7 +325,29 @@ class Agent:
             )
         )
         self._notes.pop("assignment", None)
+        self._refused_assignment = None
         self._installer.want(accepted.entries)
+
+    def assignment_refused(self, data: bytes, error: EdgeSyncError) -> None:
+        """Say why, and try again: the disk gets room, the clock right, the signer known."""
+        self._notes["assignment"] = f"an assignment cannot be taken now: {error}"
+        self._refused_assignment = data
+        if isinstance(error, StorageError):
+            self._store.release_reserve()
+
+    async def _keep_assignments(self) -> None:
+        while True:
+            await asyncio.sleep(ASSIGNMENT_RETRY_S)
+            data = self._refused_assignment
+            if data is None:
+                continue
+            try:
+                await self.assignment_offered(data)
+            except RollbackRefusedError:
+                self._refused_assignment = None  # a newer one was taken meanwhile
+                self._notes.pop("assignment", None)
+            except EdgeSyncError as exc:
+                self.assignment_refused(data, exc)
 
     def peers_told(self, peers: mqtt.Peers) -> None:
         for peer in peers.peers:
@@ -531,7 +571,12 @@ class Agent:
         work = functools.partial(
             role.perform, self._store, request, assigned=self._installer.is_assigned
         )
-        yield await asyncio.to_thread(work)
+        answer = await asyncio.to_thread(work)
+        yield answer
+        if answer.get("paths") or answer.get("bad"):
+            for info in self._store.bundles():
+                if (info.name, info.version) == (answer["name"], answer["version"]):
+                    self._installer.damaged(info.digest)
         self._installer.look_again()
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
@@ -540,6 +585,7 @@ class Agent:
         logger.warning("piece %d of %s on disk was changed by something else", piece, digest[:12])
         if self._tell_lost is not None:
             self._tell_lost(digest, piece)
+            self._loop.call_soon_threadsafe(self._installer.damaged, digest)
 
     async def _watchdog(self) -> None:
         """Feed the supervisor only while the loop turns and the database answers."""
@@ -549,7 +595,8 @@ class Agent:
             await asyncio.sleep(interval)
             lag = time.monotonic() - before - interval
             try:
-                await asyncio.wait_for(self._in_storage(self._state.bundles), LOOP_LAG_LIMIT_S * 6)
+                # Not in the storage thread: an activation may keep that busy for minutes.
+                await asyncio.wait_for(asyncio.to_thread(self._state.bundles), LOOP_LAG_LIMIT_S)
             except (StorageError, TimeoutError):
                 logger.exception("the database does not answer")
                 continue

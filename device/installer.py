@@ -23,6 +23,7 @@ from edgesync.assignment import Entry
 from edgesync.errors import (
     DiskFullError,
     EdgeSyncError,
+    NotAuthorizedError,
     NotFoundError,
     StorageError,
     TransportError,
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 PARALLEL_BUNDLES = 2
 """Bundles fetched at a time; more would only share the same link and double the memory."""
 RETRY_S = 5.0
+REPAIR_INTERVAL_S = 60.0
+"""An application that goes on changing its bundle's files is set right once in this time, not without end."""
 DISK_FULL_RETRY_S = 30.0
 T = TypeVar("T")
 
@@ -77,21 +80,41 @@ class Installer:
         self.rows: dict[Digest, Execution] = {row.digest: row for row in executions.all()}
         self._wake: dict[tuple[str, str], asyncio.Event] = {}
         self._told: dict[Digest, State] = {}
+        self._working_on: dict[tuple[str, str], Entry] = {}
+        self._downloads: dict[Digest, _Shared] = {}
+        self._repaired_at: dict[Digest, float] = {}
+        self._closing = False
 
     # --- what shall be here -----------------------------------------------------------------------------------------
     def want(self, entries: Iterable[Entry]) -> None:
         """Make the assignment set's entries the ones that count: start what is new, stop what is gone."""
         self._entries = {BundleName(entry.name): entry for entry in entries}
-        wanted = {(entry.name, entry.version) for entry in self._entries.values()}
         for key, task in list(self._tasks.items()):
-            if key not in wanted and not self._is_activating(*key):
-                task.cancel()
+            if self._entry(key) != self._working_on[key] and not self._is_activating(*key):
+                task.cancel()  # what is wanted in its place starts when it has ended
         for entry in self._entries.values():
             key = (entry.name, entry.version)
             if key in self._tasks:
                 self._wake[key].set()
             else:
-                self._start(key, self._assigned(entry))
+                self._start(entry)
+
+    def _entry(self, key: tuple[str, str]) -> Entry | None:
+        entry = self._entries.get(BundleName(key[0]))
+        return entry if entry is not None and entry.version == key[1] else None
+
+    def damaged(self, digest: Digest) -> None:
+        """Something changed an installed tree: bring the bundle again if it is wanted, at most once in a while."""
+        now = time.monotonic()
+        if now - self._repaired_at.get(digest, -REPAIR_INTERVAL_S) < REPAIR_INTERVAL_S:
+            return
+        for entry in self._entries.values():
+            if entry.target_hash == digest and (entry.name, entry.version) not in self._tasks:
+                self._repaired_at[digest] = now
+                self._start(entry)
+
+    def is_fetching(self, digest: Digest) -> bool:
+        return digest in self._downloads
 
     def _is_activating(self, name: str, version: str) -> bool:
         """Whether it is too late to cancel: what switches trees is settled first."""
@@ -124,32 +147,32 @@ class Installer:
         if target is None:
             what = name if version is None else f"{name}@{version}"
             raise NotFoundError(f"{what} is not among the bundles this device knows of")
-        key = (target.name, target.version)
-        running = self._tasks.get(key)
-        if running is not None and not running.done():
-            await asyncio.wait({running})
-        held = self._store.get(target.digest)
+        held = self._store.held(target.digest)
         if held is None or not held.complete:
             await self._bring(target, install=False, assignment_id="")
         return target.digest
 
     async def close(self) -> None:
+        self._closing = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     # --- one assigned bundle ----------------------------------------------------------------------------------------
-    def _start(self, key: tuple[str, str], work: Awaitable[None]) -> None:
+    def _start(self, entry: Entry) -> None:
+        key = (entry.name, entry.version)
         self._wake[key] = asyncio.Event()
-        task = asyncio.ensure_future(work)
+        self._working_on[key] = entry
+        task = asyncio.ensure_future(self._assigned(entry))
         self._tasks[key] = task
 
         def ended(done: asyncio.Task[None]) -> None:
-            if self._tasks.get(key) is done:
-                del self._tasks[key]
-                self._wake.pop(key, None)
+            del self._tasks[key], self._wake[key], self._working_on[key]
             if not done.cancelled() and done.exception() is not None:
                 logger.error("installing %s@%s broke off", *key, exc_info=done.exception())
+            wanted = self._entry(key)
+            if done.cancelled() and wanted is not None and not self._closing:
+                self._start(wanted)
 
         task.add_done_callback(ended)
 
@@ -182,10 +205,16 @@ class Installer:
                 except EdgeSyncError as exc:
                     await self._say(entry, "failed", reason=str(exc))
                     return
+                except Exception as exc:
+                    # A supervisor's last resort: one bundle's surprise must not end the others', nor stay unsaid.
+                    logger.exception("installing %s@%s met something unexpected", *key)
+                    reason = f"an internal error, tried again: {exc!r}"
+                    await self._say(entry, "in_progress", step="downloading", reason=reason)
+                    await self._pause(key, DISK_FULL_RETRY_S)
                 else:
                     return
         except asyncio.CancelledError:
-            if not self.is_assigned(*key):
+            if self._entry(key) is None and not self._closing:
                 await asyncio.shield(self._cancel(entry))
             raise
 
@@ -209,11 +238,10 @@ class Installer:
         if (target.digest, target.length) != (entry.target_hash, entry.target_length):
             raise VerificationError("the assignment names other bytes than the signed metadata")
         self._check_allowed(target)
-        if entry.not_before is not None and entry.not_before > time.time():
+        early = 0.0 if entry.not_before is None else entry.not_before - self._trust_store.now()
+        if entry.not_before is not None and early > 0:
             moment = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(entry.not_before))
-            raise _WaitError(
-                f"waiting: not before {moment}", seconds=entry.not_before - time.time()
-            )
+            raise _WaitError(f"waiting: not before {moment}", seconds=min(early, 3600.0))
         await self._bring(
             target, install=entry.action == "install", assignment_id=entry.assignment_id
         )
@@ -252,11 +280,52 @@ class Installer:
         if held is not None and held.complete and not held.damaged:
             if install and self._store.active(row.name) is not held:
                 await self._in_storage(self._store.activate, target.digest)
+            elif known is not None and (known.status, known.assignment_id) == (
+                "succeeded",
+                assignment_id,
+            ):
+                return  # told before: a renewed set is no news
             await self._succeed(row, held, target, install=install)
             return
+        staged = await self._download(row, target)
+        row.pieces_have = staged.have.count
+        if not install:
+            row.status, row.step, row.reason = "succeeded", "", ""
+            if assignment_id or not self.is_assigned(row.name, row.version):
+                await self._put(row)
+            return
+        row.step = "downloaded"
+        await self._put(row)
+        await self._activate(row, staged, target)
+
+    async def _download(self, row: Execution, target: BundleTarget) -> StagedBundle:
+        """Hold every piece; whoever wants the same bundle shares one download, which ends with the last who waits."""
+        digest = target.digest
+        while (shared := self._downloads.get(digest)) is not None and shared.abandoned:
+            await asyncio.wait({shared.task})
+        if shared is None:
+            shared = _Shared(asyncio.ensure_future(self._fetch_all(row, target)))
+            self._downloads[digest] = shared
+            shared.task.add_done_callback(lambda _done: self._downloads.pop(digest, None))
+        shared.waiting += 1
+        try:
+            return await asyncio.shield(shared.task)
+        finally:
+            shared.waiting -= 1
+            if shared.waiting == 0 and not shared.task.done():
+                shared.abandoned = True
+                shared.task.cancel()
+                await asyncio.wait({shared.task})
+
+    async def _fetch_all(self, row: Execution, target: BundleTarget) -> StagedBundle:
         async with self._slots:
             data = await self._manifest_bytes(target)
             parsed = await self._in_storage(_parse, data, target)
+            if parsed.access == "assigned" and not self.is_assigned(target.name, target.version):
+                raise NotAuthorizedError(
+                    f"{target.name}@{target.version} may be read by devices it is assigned to, not by this one: "
+                    "assign it first"
+                )
             row.payload_bytes, row.pieces_total = parsed.payload_bytes, parsed.piece_count
             await self._put(row)
             staged = await self._in_storage(self._store.begin, data, parsed)
@@ -268,14 +337,7 @@ class Installer:
                 await self._in_storage(staged.import_local)
             await self._swarm.fetch_bundle(staged)
             await self._in_storage(give_back)
-            row.pieces_have = staged.have.count
-            row.step = "downloaded"
-            await self._put(row)
-        if not install:
-            row.status, row.reason = "succeeded", ""
-            await self._put(row)
-            return
-        await self._activate(row, staged, target)
+            return staged
 
     async def _activate(self, row: Execution, staged: StagedBundle, target: BundleTarget) -> None:
         # The world may have changed while pieces came: what must not be installed any more is not.
@@ -345,7 +407,12 @@ class Installer:
         self.rows[row.digest] = row
         now = state_of(row.status, row.step)
         before = self._told.get(row.digest)
-        if before not in {None, now} and not may_follow(before, now):
+        if (
+            before is not None
+            and before is not now
+            and not before.ended
+            and not may_follow(before, now)
+        ):
             logger.error("%s@%s went from %s to %s", row.name, row.version, before, now)
         self._told[row.digest] = now
         try:
@@ -365,6 +432,15 @@ def _parse(data: bytes, target: BundleTarget) -> Manifest:
     parsed = manifests.parse(data)
     check_manifest(target, parsed)
     return parsed
+
+
+class _Shared:
+    """A download and how many wait for it."""
+
+    def __init__(self, task: "asyncio.Task[StagedBundle]") -> None:
+        self.task = task
+        self.waiting = 0
+        self.abandoned = False
 
 
 class _WaitError(Exception):
