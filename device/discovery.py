@@ -8,7 +8,9 @@ Invariants, whatever is sent to the multicast group:
 * at most MAX_PEER_CANDIDATES peers and MAX_HOSTS host names are remembered; zeroconf's cache is emptied above
   CACHE_RECORDS;
 * only addresses on a network of our own interfaces are dialed, at most one dial in MIN_DIAL_INTERVAL_S, with a growing
-  pause for a peer that does not answer; one whose announcement proved false is left alone for FALSE_FOR_S;
+  pause for one that does not answer; one that proved false is left alone for FALSE_FOR_S;
+* what is concluded from a dial holds for that announcement (key, name, address, port) alone: anybody can announce an
+  honest peer's key elsewhere, and must not silence it by that;
 * no query follows from what is heard: the only questions are the browser's own, on its own schedule;
 * questions are asked only while something is wanted.
 
@@ -60,6 +62,8 @@ MAX_BACKOFF_S: Final = 600.0
 CONNECTED_AGAIN_S: Final = 15.0
 """A peer we have a session with is looked at again after so long: it may have gone and come back."""
 FALSE_FOR_S: Final = 3600.0
+MAX_PAUSES: Final = 8 * limits.MAX_PEER_CANDIDATES
+"""Announcements not dialed for a while; beyond it the oldest is forgotten, which costs one dial."""
 POLL_S: Final = 0.25
 TTL_S: Final = 120
 _TYPE_PTR: Final = 12
@@ -80,6 +84,18 @@ class Candidate:
     addresses: tuple[tuple[str, int], ...]
     root_version: int = 0
     timestamp_version: int = 0
+
+
+Announcement = tuple[str, str, str, int]
+"""Fingerprint, service name, address, port."""
+
+
+@dataclass(slots=True)
+class _Pause:
+    """An announcement that is not dialed for a while."""
+
+    until: float
+    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -132,7 +148,7 @@ class Sightings:
         self._own = own_fingerprint
         self._instances: OrderedDict[str, _Instance] = OrderedDict()
         self._hosts: OrderedDict[str, tuple[str, ...]] = OrderedDict()
-        self._false: OrderedDict[str, float] = OrderedDict()
+        self._pauses: OrderedDict[Announcement, _Pause] = OrderedDict()
         self.networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
         """What counts as on-link."""
 
@@ -176,7 +192,7 @@ class Sightings:
         instance = self._instance(name)
         if instance is not None:
             if instance.txt is not None and instance.txt["fp"] != parsed["fp"]:
-                instance.next_dial, instance.failures = 0.0, 0
+                instance.next_dial = 0.0
             instance.txt = parsed
 
     def address(self, host: str, address: str) -> None:
@@ -209,9 +225,7 @@ class Sightings:
         for name, instance in self._instances.items():
             if instance.txt is None or not instance.port or instance.next_dial > now:
                 continue
-            if self._is_false(instance.txt["fp"], now=now):
-                continue
-            if not any(self.on_link(address) for address in self._hosts.get(instance.host, ())):
+            if not self._usable(name, instance, now=now):
                 continue
             if best is None or instance.failures < self._instances[best].failures:
                 best = name
@@ -219,7 +233,7 @@ class Sightings:
             return None
         instance = self._instances[best]
         assert instance.txt is not None
-        usable = [one for one in self._hosts[instance.host] if self.on_link(one)]
+        usable = self._usable(best, instance, now=now)
         instance.turn += 1
         address = usable[instance.turn % len(usable)]
         return best, Candidate(
@@ -230,33 +244,49 @@ class Sightings:
             _number(instance.txt.get("timestamp")),
         )
 
-    def _is_false(self, fingerprint: str, *, now: float) -> bool:
-        until = self._false.get(fingerprint)
-        return until is not None and until > now
+    def _usable(self, name: str, instance: _Instance, *, now: float) -> list[str]:
+        """Its addresses that may be dialed now."""
+        assert instance.txt is not None
+        usable = []
+        for address in self._hosts.get(instance.host, ()):
+            pause = self._pauses.get((instance.txt["fp"], name, address, instance.port))
+            if (pause is None or pause.until <= now) and self.on_link(address):
+                usable.append(address)
+        return usable
 
     def settle(self, name: str, candidate: Candidate, verdict: Verdict, *, now: float) -> None:
         """What became of a dial."""
         instance = self._instances.get(name)
-        if verdict == "false":
-            while len(self._false) >= 4 * limits.MAX_PEER_CANDIDATES:
-                self._false.popitem(last=False)
-            self._false[candidate.fingerprint] = now + FALSE_FOR_S
-            self._instances.pop(name, None)
-        elif instance is not None:
-            if verdict == "unreachable":
-                pause = min(FIRST_BACKOFF_S * 2.0**instance.failures, MAX_BACKOFF_S)
+        announced: list[Announcement] = [
+            (candidate.fingerprint, name, address, port) for address, port in candidate.addresses
+        ]
+        if verdict in {"false", "unreachable"}:
+            for one in announced:
+                pause = self._pauses.pop(one, None) or _Pause(now)
+                if verdict == "false":
+                    pause.until = now + FALSE_FOR_S
+                else:
+                    wait = min(FIRST_BACKOFF_S * 2.0**pause.failures, MAX_BACKOFF_S)
+                    pause.until = now + wait
+                pause.failures = min(pause.failures + 1, 16)
+                self._pauses[one] = pause
+            while len(self._pauses) > MAX_PAUSES:
+                self._pauses.popitem(last=False)
+            if instance is not None:
                 instance.failures = min(instance.failures + 1, 16)
-                instance.next_dial = now + pause
-            else:
-                if verdict == "connected":
-                    instance.failures = 0
-                instance.next_dial = now + CONNECTED_AGAIN_S
+            return
+        if verdict == "connected":
+            for one in announced:
+                self._pauses.pop(one, None)
+        if instance is not None:
+            if verdict == "connected":
+                instance.failures = 0
+            instance.next_dial = now + CONNECTED_AGAIN_S
 
     def forget_pauses(self) -> None:
-        """Something is wanted anew: peers left for a while are due again, false ones are not."""
+        """Something is wanted anew: peers left for a while are due again, failed and false ones are not."""
         for instance in self._instances.values():
-            if not instance.failures:
-                instance.next_dial = 0.0
+            instance.next_dial = 0.0
 
 
 class _Listener(RecordUpdateListener):

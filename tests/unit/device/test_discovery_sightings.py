@@ -1,7 +1,7 @@
 import ipaddress
 import random
 
-from device.discovery import FALSE_FOR_S, MAX_HOSTS, SERVICE, Sightings, parse_txt
+from device.discovery import FALSE_FOR_S, MAX_HOSTS, MAX_PAUSES, SERVICE, Sightings, parse_txt
 from edgesync import limits
 
 
@@ -73,6 +73,43 @@ def test_back_off_grows_and_false_ones_are_left_alone() -> None:
     hear(found, "cam-1")
     assert found.next_candidate(now=now + FALSE_FOR_S - 1) is None
     assert found.next_candidate(now=now + FALSE_FOR_S + 1) is not None
+
+
+def test_a_false_announcement_does_not_silence_the_key_it_names() -> None:
+    found = sightings()
+    hear(found, "honest", address="192.168.7.2")
+    hear(found, "evil", address="192.168.7.66")
+    for _ in range(2):
+        picked = found.next_candidate(now=0.0)
+        assert picked is not None
+        is_evil = picked[0].startswith("evil")
+        found.settle(*picked, "false" if is_evil else "connected", now=0.0)
+    # Also under the honest one's own name, and with a further address for its host.
+    found.service(f"honest.{SERVICE}", "evil.local.", 7000)
+    picked = found.next_candidate(now=60.0)
+    assert picked is not None
+    found.settle(*picked, "false", now=60.0)
+    assert found.next_candidate(now=61.0) is None
+    found.service(f"honest.{SERVICE}", "honest.local.", 7000)
+    found.address("honest.local.", "192.168.7.67")
+    for now in (62.0, 63.0):
+        picked = found.next_candidate(now=now)
+        assert picked is not None
+        if picked[1].addresses == (("192.168.7.2", 7000),):
+            break
+        found.settle(*picked, "false", now=now)
+    assert picked is not None
+    assert picked[1].addresses == (("192.168.7.2", 7000),)
+
+
+def test_pauses_are_bounded() -> None:
+    found = sightings()
+    for number in range(2 * MAX_PAUSES):
+        hear(found, "evil", fingerprint=f"{number:016x}")
+        picked = found.next_candidate(now=0.0)
+        assert picked is not None
+        found.settle(*picked, "false", now=0.0)
+    assert len(found._pauses) <= MAX_PAUSES
 
 
 def test_flood_is_bounded_and_keeps_who_answered() -> None:
