@@ -159,6 +159,7 @@ class Agent:
             connection=lambda key: self._swarm.source(key),  # noqa: PLW0108 - the swarm is made below
             keys=self._all_assign_keys,
             fleet=self._trust_store.state.fleet_id,
+            utc_now=self._trust_store.now,
         )
         self._swarm = Swarm(
             store=self._store,
@@ -209,6 +210,7 @@ class Agent:
             progress=self._mqtt_progress,
             listener=self,
             in_storage=self._in_storage,
+            utc_now=self._trust_store.now,
             config=LinkConfig(max_backoff_s=settings.reconnect_max),
         )
         await control.start()

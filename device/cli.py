@@ -65,7 +65,8 @@ def _read_token(token_file: str | None) -> str:
         try:
             text = Path(token_file).read_text()
         except (OSError, UnicodeDecodeError) as exc:
-            raise NotFoundError(f"cannot read the token from {token_file}: {exc}") from exc
+            reason = getattr(exc, "strerror", None) or "it is not text"
+            raise NotFoundError(f"cannot read the token from {token_file}: {reason}") from exc
     else:
         text = os.environ.get("EDGESYNC_TOKEN", "")
     if not text.strip():

@@ -70,7 +70,12 @@ class ControlServer:
                 )
                 return
             await self._perform(reader, writer)
-        except (ConnectionError, TimeoutError, asyncio.LimitOverrunError, ValueError) as exc:
+        except (
+            ConnectionError,
+            TimeoutError,
+            asyncio.LimitOverrunError,
+            ValueError,
+        ) as exc:  # an overlong line
             logger.debug("local request ended: %s", exc)
         finally:
             writer.close()
@@ -79,7 +84,11 @@ class ControlServer:
 
     async def _perform(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = await asyncio.wait_for(reader.readline(), REQUEST_TIMEOUT_S)
-        request = json.loads(line)
+        try:
+            request = json.loads(line)
+        except ValueError:
+            await _answer(writer, {"error": "the request is not JSON", "exit": 2})
+            return
         name = str(request.get("op")) if isinstance(request, dict) else ""
         operation = self._operations.get(name)
         if operation is None:
@@ -98,6 +107,10 @@ class ControlServer:
             if isinstance(exc, ConnectionError):
                 raise
             await _answer(writer, {"error": str(exc), "exit": int(ExitCode.FAILURE)})
+        except Exception:
+            # The asker must not take a fault of ours for an agent that went away.
+            logger.exception("the local request %s failed", name)
+            await _answer(writer, {"error": "the agent failed: see its log", "exit": 1})
 
 
 def _bind(data: Path) -> socket.socket:

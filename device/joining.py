@@ -82,13 +82,17 @@ class Membership:
     def load(cls, data: DataDir) -> "Membership":
         """Raises ConfigError: this directory was never joined to the end."""
         try:
-            return cls(**json.loads(data.join_file.read_bytes()))
+            held = cls(**json.loads(data.join_file.read_bytes()))
+            ok = all(isinstance(value, str) for value in (held.id, held.gateway, held.token))
         except FileNotFoundError as exc:
             raise ConfigError(
                 f"not joined: on the gateway run edgesync token create, then here agent join (looked in {data.path})"
             ) from exc
         except (ValueError, TypeError) as exc:
             raise ConfigError(f"{data.join_file} is damaged: join again with a new token") from exc
+        if not ok:
+            raise ConfigError(f"{data.join_file} is damaged: join again with a new token")
+        return held
 
     def save(self, data: DataDir) -> None:
         write_file(data.join_file, json.dumps(self.__dict__, indent=1).encode() + b"\n", mode=0o600)
@@ -239,7 +243,8 @@ async def _ask(
                 )
             )
             if isinstance(reply, JoinRefused):
-                detail = f" ({reply.text})" if reply.text else ""
+                told = reply.text if reply.reason in {"id_refused", "id_taken", "rejected"} else ""
+                detail = f" ({told})" if told else ""
                 raise NotAuthorizedError(_REFUSALS[reply.reason] + detail)
             await _fetch_trust(data, token, reply, connection)
         finally:
@@ -302,6 +307,10 @@ async def _connect(endpoint: Endpoint, addresses: list[HostPort], key: PeerKey) 
     for address in addresses:
         try:
             return await endpoint.join((address.host, address.port), expected_key=key)
+        except NotAuthorizedError as exc:
+            raise NotAuthorizedError(
+                f"another gateway than the token's answers at {address}: was the token made on this gateway?"
+            ) from exc
         except TransportError as exc:
             error = exc
     where = ", ".join(str(address) for address in addresses)

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Final
 
 from edgesync import limits
-from edgesync.errors import EdgeSyncError
+from edgesync.errors import EdgeSyncError, ErrorCode
 from edgesync.ids import Digest, PeerKey
 from edgesync.transport.connection import PeerConnection
 from edgesync.wire.messages import ControlMessage, Have
@@ -36,6 +36,7 @@ class PeerLink:
         self._waiting: deque[ControlMessage] = deque()
         self._haves: dict[Digest, list[int]] = {}
         self._wake = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._task = asyncio.get_running_loop().create_task(
             self._send(), name=f"tell {self.key[:12]}"
         )
@@ -44,6 +45,11 @@ class PeerLink:
         if len(self._waiting) >= MAX_WAITING:
             logger.info("peer %s does not read: its session ends", self.key[:16])
             self._task.cancel()
+            if self._ending is None:
+                # A link that tells nothing any more would look like a peer that has nothing to tell.
+                self._ending = asyncio.get_running_loop().create_task(
+                    self.conn.close(ErrorCode.LIMIT, "messages are not read")
+                )
             return
         self._waiting.append(message)
         self._wake.set()

@@ -36,18 +36,20 @@ class ReadingRights:
         connection: Callable[[PeerKey], PeerConnection | None],
         keys: Callable[[], Collection[PeerKey]],
         fleet: FleetId,
+        utc_now: Callable[[], float],
     ) -> None:
         """``keys`` are the assignment keys of every gateway of the fleet."""
         self._connection = connection
         self._keys = keys
         self._fleet = fleet
+        self._utc_now = utc_now
         self._known: OrderedDict[PeerKey, _Rights] = OrderedDict()
         self._asking: dict[PeerKey, asyncio.Task[None]] = {}
         self._asked_at: OrderedDict[PeerKey, float] = OrderedDict()
 
     def may_read(self, peer: PeerKey, device_id: str, digest: Digest) -> bool:
         rights = self._known.get(peer)
-        if rights is not None and rights.expires > time.time() and digest in rights.digests:
+        if rights is not None and rights.expires > self._utc_now() and digest in rights.digests:
             return True
         due = time.monotonic() - self._asked_at.get(peer, -ASK_AGAIN_S) >= ASK_AGAIN_S
         if due and peer not in self._asking and len(self._asking) < MAX_REMEMBERED:
@@ -72,7 +74,7 @@ class ReadingRights:
                 device_id=DeviceId(device_id),
                 device_key=peer,
                 floor_sequence=0,
-                utc_now=time.time(),
+                utc_now=self._utc_now(),
             )
         except EdgeSyncError as exc:
             logger.info("%s showed no assignment: %s", device_id, exc)

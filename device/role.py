@@ -75,8 +75,8 @@ def perform(store: BundleStore, request: dict[str, object], *, assigned: Any) ->
             return facts(info)
         case "bundle_verify":
             paths = store.verify(info.digest)
-            bundle = store.get(info.digest)
-            bad = list(bundle.have.missing()) if bundle is not None else []
+            held = store.held(info.digest)
+            bad = list(held.have.missing()) if held is not None else []
             return {
                 "name": info.name,
                 "version": info.version,

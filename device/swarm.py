@@ -385,6 +385,9 @@ class Swarm:
         if self._gateway is not link:
             return
         self._gateway = None
+        if self._endpoint is not None:
+            # Nobody else closes it: ``disconnected`` no longer knows whose it was.
+            self._endpoint.spawn(link.close(), "close a gateway link")
         error = link.conn.error
         self._gateway_problem = f"the gateway's session ended: {error}" if error else ""
         self._gateway_wanted.set()

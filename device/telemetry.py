@@ -35,6 +35,7 @@ class Listener(Protocol):
     async def timestamp_offered(self, data: bytes) -> None: ...
     def file_offered(self, name: str, data: bytes) -> None: ...
     async def assignment_offered(self, data: bytes) -> None: ...
+    def assignment_refused(self, data: bytes, error: EdgeSyncError) -> None: ...
     def peers_told(self, peers: mqtt.Peers) -> None: ...
     def presence_told(self, presence: mqtt.Presence) -> None: ...
 
@@ -53,6 +54,7 @@ class Telemetry:
         progress: Callable[[], mqtt.Progress | None],
         listener: Listener,
         in_storage: Callable[..., Awaitable[Any]],
+        utc_now: Callable[[], float] = time.time,
         config: LinkConfig | None = None,
     ) -> None:
         """``state`` makes a State whose epoch, sequence and ``online`` are filled in here."""
@@ -65,6 +67,7 @@ class Telemetry:
         self._progress = progress
         self._listener = listener
         self._in_storage = in_storage
+        self._utc_now = utc_now
         self._epoch = 0
         self._next_epoch = 0
         self._sequence = 0
@@ -184,6 +187,8 @@ class Telemetry:
                 await self._hear(message)
             except EdgeSyncError as exc:
                 logger.warning("%s ignored: %s", message.topic, exc)
+                if message.topic.kind is Kind.ASSIGN:
+                    self._listener.assignment_refused(message.payload, exc)
 
     async def _hear(self, message: Incoming) -> None:
         topic, data = message.topic, message.payload
@@ -210,7 +215,7 @@ class Telemetry:
                     self._report_interval_s = float(presence.report_interval_s)
                     self._listener.presence_told(presence)
             case Kind.PEERS:
-                told = mqtt.unseal(topic, data, keys=self._gateway_keys(), utc_now=time.time())
+                told = mqtt.unseal(topic, data, keys=self._gateway_keys(), utc_now=self._utc_now())
                 self._listener.peers_told(told)
             case Kind.CMD:
                 await self._obey(mqtt.unseal(topic, data, keys=self._gateway_keys()))

@@ -15,6 +15,7 @@ from edgesync.errors import ConfigError, ExitCode, UsageError, VerificationError
 
 DEFAULT_ROOT = Path("/var/lib/edgesync")
 ROLE_NAMES = ("agent", "gateway")
+MAX_SHOWN_PATHS = 20
 
 DataOption = Annotated[
     Path | None,
@@ -116,18 +117,20 @@ def bundle_verify(bundle: str, data: DataOption = None, json: JsonOption = False
     directory, role = choose(data)
     result = role.bundle_verify(directory, bundle)
     bad = cast("list[int]", result["bad"])
+    paths = cast("list[str]", result.get("paths", []))
     if json:
         output.print_json({"schema": "edgesync.bundle-verify/1", **result})
-        if bad:
+        if bad or paths:
             raise typer.Exit(ExitCode.VERIFICATION)
-    elif bad:
+        return
+    if bad or paths:
+        for path in paths[:MAX_SHOWN_PATHS]:
+            typer.echo(f"differs: {output.clean(path)}", err=True)
         raise VerificationError(
-            f"{len(bad)} of {result['pieces']} pieces of {bundle} do not hash to what was signed"
+            f"{bundle} is not as signed: {len(bad)} of {result['pieces']} pieces and {len(paths)} paths differ; "
+            "a running agent brings an assigned bundle again"
         )
-    else:
-        typer.echo(
-            f"{result['name']}@{result['version']}: {result['pieces']} pieces, all as signed"
-        )
+    typer.echo(f"{result['name']}@{result['version']}: {result['pieces']} pieces, all as signed")
 
 
 @bundle_app.command("remove")
