@@ -268,6 +268,23 @@ class _Client(aiomqtt.Client):
                 self._connected = asyncio.get_running_loop().create_future()
             raise
 
+    def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        """As aiomqtt's, but a socket that was closed before the loop came to it is left alone."""
+        del userdata
+
+        def write() -> None:
+            try:
+                client.loop_write()
+            except Exception as exc:  # noqa: BLE001  whatever it was, the connection is over
+                if not self._disconnected.done():
+                    self._disconnected.set_exception(exc)
+
+        def register() -> None:
+            if sock.fileno() >= 0:
+                self._loop.add_writer(sock.fileno(), write)
+
+        self._loop.call_soon_threadsafe(register)
+
     @property
     def is_open(self) -> bool:
         accepted = self._connected
