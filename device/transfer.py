@@ -74,6 +74,7 @@ class Transfer:
         self._streams: dict[PeerKey, dict[asyncio.Task[None], None]] = {}
         self._complete = asyncio.Event()
         self._failure: StorageError | None = None
+        self._flushing: asyncio.Task[None] | None = None
         self.subscribers: list[Callable[[], None]] = []
 
     def feed(self, event: e.DownloadEvent) -> None:
@@ -93,6 +94,7 @@ class Transfer:
             await self._complete.wait()
             flusher.cancel()
             await asyncio.gather(flusher, return_exceptions=True)
+            await self._flush()  # the one under way began before the last pieces came
             await self._flush()
             if self._failure is not None:
                 raise self._failure
@@ -101,6 +103,8 @@ class Transfer:
             tasks = [task for streams in self._streams.values() for task in streams]
             for task in (flusher, *tasks):
                 task.cancel()
+            if self._flushing is not None:
+                tasks.append(self._flushing)
             await asyncio.gather(flusher, *tasks, return_exceptions=True)
 
     def _fail(self, error: StorageError) -> None:
@@ -119,6 +123,12 @@ class Transfer:
                 await self._flush()
 
     async def _flush(self) -> None:
+        """One at a time and never broken off: what became durable is told, whoever stops waiting for it."""
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._loop.create_task(self._flush_now(), name="flush")
+        await asyncio.shield(self._flushing)
+
+    async def _flush_now(self) -> None:
         try:
             # In a thread of its own: writes go on while the disk syncs.
             durable = await asyncio.to_thread(self.staged.flush)
