@@ -77,6 +77,8 @@ STARVING_BYTES_S: Final = 16_000.0
 STARVING_AFTER_S: Final = 8.0
 GATEWAY_HORIZON_S: Final = 1.0
 """As a peer's horizon, and the time of a question to the scheduler on top."""
+MAX_GATEWAY_BYTES: Final = limits.MAX_LEASE_PIECES * limits.MIN_PIECE_AVERAGE_BYTES
+"""What one lease may name where pieces are smallest; larger pieces mean fewer of them."""
 MIN_GATEWAY_STALL_S: Final = 10.0
 PATIENCE: Final = 2
 """Faults without a delivery between them, until what a peer holds is asked of the gateway."""
@@ -228,6 +230,8 @@ class Download:
         return effects
 
     def _on_lease(self, lease: LeaseReceived, effects: list[DownloadEffect], *, now: float) -> None:
+        if self._lease_asked_at is not None:
+            self._gateway.responded(now - self._lease_asked_at)
         self._lease_asked_at = None
         self._lease_silences = 0
         begged, self._begged = self._begged, 0
@@ -515,7 +519,10 @@ class Download:
 
     def _gateway_target_bytes(self) -> int:
         least = 2 * MIN_ASKED_PIECES * self._average
-        return max(least, int(self._gateway.rate_bytes_s * GATEWAY_HORIZON_S))
+        target = self._gateway.target_bytes(
+            self._average, horizon_s=GATEWAY_HORIZON_S, most=MAX_GATEWAY_BYTES
+        )
+        return max(least, target)
 
     def _ask_gateway(self, effects: list[DownloadEffect], *, now: float) -> None:
         unseen = self._unseen()

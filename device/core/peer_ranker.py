@@ -14,9 +14,14 @@ from edgesync.ids import PeerKey
 RATE_WINDOW_S: Final = 2.0
 """Time constant of the goodput average."""
 HORIZON_S: Final = 0.5
-"""A peer is asked for what it delivers in this time: a killed one holds up little."""
+"""A peer is asked for what it delivers in this time besides its response time: a killed one holds up little."""
+RESPONSES: Final = 2.0
+"""Half of what is outstanding must outlast the wait for the answer to the next question."""
+MAX_RESPONSE_S: Final = 5.0
+FIRST_LONG_RATE_BYTES_S: Final = 1_000_000.0
+"""Assumed of a source that takes long to answer and has not delivered yet: a long path is filled in few questions."""
 MIN_ASKED_PIECES: Final = 4
-MAX_ASKED_BYTES: Final = 4 * limits.MIB
+MAX_ASKED_BYTES: Final = 8 * limits.MIB
 MIN_STALL_S: Final = 4.0
 STALL_FACTOR: Final = 4.0
 """A source is a straggler when its next piece takes so many times what its goodput promises."""
@@ -41,17 +46,21 @@ class Source:
     rate_bytes_s: float = 0.0
     progress_at: float = 0.0
     """Last arrival, or when something was first outstanding."""
+    response_s: float = 0.0
+    """Least time from a question to the first byte of its answer, as far as it was seen."""
     bad_hashes: int = 0
     lies: int = 0
     faults: int = 0
     aside_until: float | None = None
     quarantined: bool = False
+    _first_answer: bool = False
     _bytes: float = 0.0
     _seconds: float = 0.0
 
     def asked(self, piece: int, length: int, *, now: float) -> None:
         if not self.outstanding:
             self.progress_at = now
+            self._first_answer = True
         self.outstanding[piece] = length
         self.outstanding_bytes += length
 
@@ -70,13 +79,27 @@ class Source:
         self._bytes = self._bytes * keep + plain_bytes
         self._seconds = self._seconds * keep + elapsed
         self.rate_bytes_s = self._bytes / self._seconds
+        if self._first_answer:
+            self._first_answer = False
+            self.responded(elapsed - plain_bytes / self.rate_bytes_s)
         self.progress_at = now
         self.faults = 0
 
-    def target_bytes(self, piece_bytes: int) -> int:
+    def responded(self, seconds: float) -> None:
+        """A question was answered after ``seconds``; the least counts, the rest is queueing."""
+        seconds = min(max(seconds, 0.0), MAX_RESPONSE_S)
+        self.response_s = min(self.response_s, seconds) if self.response_s else seconds
+
+    def target_bytes(
+        self, piece_bytes: int, *, horizon_s: float = HORIZON_S, most: int = MAX_ASKED_BYTES
+    ) -> int:
         """How much to have outstanding; ``piece_bytes`` is the average piece."""
         least = MIN_ASKED_PIECES * piece_bytes
-        return max(least, min(int(self.rate_bytes_s * HORIZON_S), MAX_ASKED_BYTES))
+        wait = RESPONSES * self.response_s
+        promised = self.rate_bytes_s * (horizon_s + wait)
+        if not self.rate_bytes_s:
+            promised = FIRST_LONG_RATE_BYTES_S * wait
+        return max(least, min(int(promised), most))
 
     def stalls_at(self) -> float | None:
         """When this source counts as a straggler unless something comes."""

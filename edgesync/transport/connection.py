@@ -175,13 +175,15 @@ class PeerConnection:
     ) -> AsyncGenerator[PieceAnswer, None]:
         """Ask for 1 to 256 pieces; answers come in any order, exactly one for each.
 
-        Answers that are not taken hold back the peer: at most two pieces of ``max_piece_bytes`` wait here. Leaving the
-        iterator early (``aclose``, cancellation) ends the stream. Raises ProtocolError: the peer broke the rules and
-        was dropped; TransportError: it went away, is busy, or nothing moved for ``stall_s`` seconds.
+        Answers that are not taken hold back the peer: two pieces of ``max_piece_bytes`` wait here, or what the path
+        holds where that is more and the budget has it. Leaving the iterator early (``aclose``, cancellation) ends the
+        stream. Raises ProtocolError: the peer broke the rules and was dropped; TransportError: it went away, is busy,
+        or nothing moved for ``stall_s`` seconds.
         """
         question = PieceQuestion(manifest, pieces, encodings, max_piece_bytes=max_piece_bytes)
         async with self._asked(codec.encode(question.request)) as stream:
             await stream.grant(2 * max_piece_bytes + limits.MEMBER_STREAM_WINDOW_BYTES)
+            stream.follow_path()
             while question.waiting:
                 message = await stream.read_frame(limits.MAX_CONTROL_FRAME_BYTES, stall_s=stall_s)
                 if message is None:

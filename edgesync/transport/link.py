@@ -32,6 +32,7 @@ from edgesync.peer.session import error_from_code, printable
 from edgesync.transport.flow import Budget
 from edgesync.transport.quic import BoundedQuicConnection
 from edgesync.transport.udp import Address
+from edgesync.transport.window import WindowTuner
 from edgesync.wire import codec
 from edgesync.wire.messages import Message
 
@@ -64,6 +65,7 @@ class Stream:
         self._quic_stream = quic_stream
         self._window = quic_stream.max_stream_data_local
         self._reserved = 0
+        self.follows_path = False
         self._buffer = bytearray()
         self._consumed = 0
         self._ended = False
@@ -73,7 +75,7 @@ class Stream:
         self._reader: asyncio.Future[None] | None = None
         self._needed = 0
         self._writer: asyncio.Future[None] | None = None
-        self._low_water = 0
+        self._low_water: int | None = None
         self._finished_writing = False
 
     # --- receiving
@@ -88,6 +90,19 @@ class Stream:
         self._window = window
         self._link.widen(window)
         self._raise_limit()
+
+    def follow_path(self) -> None:
+        """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least."""
+        self.follows_path = True
+        self.widen_to(self._link.answer_window)
+
+    def widen_to(self, window: int) -> None:
+        extra = window - self._window
+        if extra > 0 and self._error is None and self._link.budget.reserve(extra):
+            self._reserved += extra
+            self._window = window
+            self._link.widen(extra)
+            self._raise_limit()
 
     async def read_exactly(self, count: int, *, stall_s: float = limits.STALL_TIMEOUT_S) -> bytes:
         """``count`` bytes. Raises UnexpectedMessageError: the stream ended before; EdgeSyncError: why it broke."""
@@ -199,11 +214,14 @@ class Stream:
     async def drain(
         self,
         *,
-        low_water: int = limits.SEND_BACKLOG_BYTES,
+        low_water: int | None = None,
         stall_s: float = limits.STALL_TIMEOUT_S,
     ) -> None:
-        """Wait until at most ``low_water`` bytes are unacknowledged. Raises PeerTimeoutError: nothing moved."""
-        while self.backlog > low_water:
+        """Wait until at most ``low_water`` bytes (None: as many as fill the path) are unacknowledged.
+
+        Raises PeerTimeoutError: nothing moved.
+        """
+        while self.backlog > (self._link.send_ahead if low_water is None else low_water):
             if self._error is not None:
                 raise self._error
             if self._writer is not None:
@@ -212,7 +230,7 @@ class Stream:
             before = self.backlog
             self._low_water = low_water
             self._writer = self._link.loop.create_future()
-            self._link.draining.add(self)
+            self._link.starts_draining(self)
             try:
                 await _within(self._writer, stall_s)
             except TimeoutError:
@@ -222,13 +240,16 @@ class Stream:
                 if self._writer is not None and not self._writer.done():
                     self._writer.cancel()
                 self._writer = None
-                self._link.draining.discard(self)
+                self._link.ends_draining(self)
         if self._error is not None:
             raise self._error
 
     def check_drained(self) -> None:
         waiter = self._writer
-        if waiter is not None and self.backlog <= self._low_water and not waiter.done():
+        if waiter is None or waiter.done():
+            return
+        least = self._link.send_ahead if self._low_water is None else self._low_water
+        if self.backlog <= least:
             waiter.set_result(None)
 
     # --- ending
@@ -360,6 +381,7 @@ class Link:
         self._switchboard = switchboard
         self._streams: dict[int, Stream] = {}
         self._consumed = 0
+        self._tuner = WindowTuner()
         self._window = limits.UNPROVEN_WINDOW_BYTES
         self._base = limits.UNPROVEN_WINDOW_BYTES
         self._timer: asyncio.TimerHandle | None = None
@@ -393,6 +415,27 @@ class Link:
         self.consumed(0)
 
     @property
+    def answer_window(self) -> int:
+        """How far ahead of its reader an answer on this path should be."""
+        return self._tuner.window
+
+    @property
+    def send_ahead(self) -> int:
+        """Unacknowledged bytes a writer may leave: what fills the path, and at least ``SEND_BACKLOG_BYTES``."""
+        share = limits.TOTAL_SEND_AHEAD_BYTES // max(1, len(self._switchboard.sending))
+        window = min(self.quic.congestion_window(), limits.MAX_SEND_AHEAD_BYTES, share)
+        return max(limits.SEND_BACKLOG_BYTES, window)
+
+    def starts_draining(self, stream: Stream) -> None:
+        self.draining.add(stream)
+        self._switchboard.sending[self] = None
+
+    def ends_draining(self, stream: Stream) -> None:
+        self.draining.discard(stream)
+        if not self.draining:
+            self._switchboard.sending.pop(self, None)
+
+    @property
     def base_window(self) -> int:
         return self._base
 
@@ -407,6 +450,12 @@ class Link:
         self._consumed += count
         if self.error is not None:
             return
+        if count and self._tuner.consumed(
+            count, now=self.loop.time(), rtt=self.quic.smoothed_rtt()
+        ):
+            for stream in self._streams.values():
+                if stream.follows_path:
+                    stream.widen_to(self._tuner.window)
         limit = self._consumed + self._window
         if limit - self.quic.connection_limit() >= self._window // 4:
             self.quic.set_connection_limit(limit)

@@ -263,6 +263,10 @@ class BoundedQuicConnection(QuicConnection):
     def smoothed_rtt(self) -> float:
         return self._loss._rtt_smoothed  # noqa: SLF001
 
+    def congestion_window(self) -> int:
+        """Bytes that may be in flight now."""
+        return self._loss.congestion_window
+
     def acknowledge_soon(self, now: float, every: int) -> None:
         """Let the next transmission carry an ACK if ``every`` packets came since the last one."""
         space = self._spaces.get(Epoch.ONE_RTT)

@@ -67,6 +67,8 @@ class Switchboard:
         self._touched: dict[Link, None] = {}
         self._dirty: dict[Link, None] = {}
         self._flush_scheduled = False
+        self.sending: dict[Link, None] = {}
+        """Links on which somebody waits for sent bytes to be acknowledged."""
         self._unproven: dict[Link, str] = {}
         self._unproven_by_source: Counter[str] = Counter()
         self._retry = QuicRetryTokenHandler()
@@ -100,6 +102,7 @@ class Switchboard:
         link.connection_ids.clear()
         self._touched.pop(link, None)
         self._dirty.pop(link, None)
+        self.sending.pop(link, None)
         self._dialing.pop(link, None)
         self.proven(link)
         self._budget.release(link.base_window)

@@ -1,0 +1,38 @@
+"""How far a peer may be ahead of the reader on one connection: grown from what the path turns out to carry.
+
+A receiver that grants too little caps a long path at window / RTT; one that grants much pays with memory whenever a
+packet is missing. So windows start small and double while the peer uses them up faster than the path's delay explains.
+It decides a number; reserving it in the budget and telling the peer are the link's. Pure: time is an argument.
+"""
+
+from typing import Final
+
+from edgesync import limits
+
+ROUND_TRIPS: Final = 4.0
+"""A window is large enough when using it up takes so many round trips: a packet lost twice holds up delivery for about
+three, and the sender must not be stopped meanwhile."""
+
+
+class WindowTuner:
+    """One connection's answer window in bytes; it never shrinks."""
+
+    def __init__(self, window: int = limits.FIRST_ANSWER_WINDOW_BYTES) -> None:
+        self.window = window
+        self._counted = 0
+        self._since: float | None = None
+
+    def consumed(self, size: int, *, now: float, rtt: float) -> bool:
+        """Count bytes the reader took; True when the window grew. ``rtt`` in seconds, 0.0 while unknown."""
+        if self._since is None:
+            self._since = now
+        self._counted += size
+        if self._counted < self.window:
+            return False
+        elapsed = now - self._since
+        self._counted = 0
+        self._since = now
+        if elapsed > ROUND_TRIPS * rtt or self.window >= limits.MAX_ANSWER_WINDOW_BYTES:
+            return False
+        self.window = min(2 * self.window, limits.MAX_ANSWER_WINDOW_BYTES)
+        return True
