@@ -1,0 +1,20 @@
+"""Congestion control of the QUIC transport: pure decisions, fed with packets and time."""
+
+from edgesync.transport.congestion.base import (
+    AdaptedController,
+    CongestionController,
+    CongestionStatus,
+    adapt,
+)
+from edgesync.transport.congestion.choice import create_controller
+from edgesync.transport.congestion.pacer import Pacer, RateLimiter
+
+__all__ = [
+    "AdaptedController",
+    "CongestionController",
+    "CongestionStatus",
+    "Pacer",
+    "RateLimiter",
+    "adapt",
+    "create_controller",
+]
