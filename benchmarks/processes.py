@@ -47,23 +47,23 @@ def _idle() -> list[str]:
         assert device.process is not None
         rows = []
         pids = {"agent": device.process.pid, "gateway": fleet.gateway_pid}
-        before = {name: _cpu_s(pid) for name, pid in pids.items()}
+        before = {name: cpu_s(pid) for name, pid in pids.items()}
         time.sleep(IDLE_S)
         for name, pid in pids.items():
-            percent = 100 * (_cpu_s(pid) - before[name]) / IDLE_S
+            percent = 100 * (cpu_s(pid) - before[name]) / IDLE_S
             bar = f"; bar {IDLE_BAR_PERCENT} %" if name == "agent" else ""
             rows.append(f"idle {name}: {percent:.2f} % of a core over {IDLE_S:.0f} s{bar}")
             bar = f"; bar {IDLE_RSS_BAR_MB} MB" if name == "agent" else ""
-            rows.append(f"idle {name}: {_rss_mb(pid):.1f} MB resident{bar}")
+            rows.append(f"idle {name}: {rss_mb(pid):.1f} MB resident{bar}")
         return rows
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _rss_mb(pid: int) -> float:
+def rss_mb(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6
