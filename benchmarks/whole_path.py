@@ -22,14 +22,14 @@ SAMPLE_S = 0.05
 
 def measure(size: int = SIZE) -> dict[str, float]:
     """MB/s, and CPU milliseconds per MB of gateway and agent."""
-    base = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112, S108 - a tmpfs is what is asked for
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112 - a tmpfs is what is asked for
     with (
         tempfile.TemporaryDirectory(prefix="edgesync-bench-", dir=base) as work,
         Fleet(Path(work)) as fleet,
     ):
         tree = Path(work) / "tree"
         tree.mkdir()
-        rng = random.Random(11)  # noqa: S311 - incompressible, the same each time
+        rng = random.Random(11)
         with (tree / "payload").open("wb") as file:
             for _ in range(size // 1_000_000):
                 file.write(rng.randbytes(1_000_000))
