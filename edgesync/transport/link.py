@@ -9,6 +9,7 @@ wait on a stream ends, by data, by the peer, by the stall timeout or with the li
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aioquic.quic import events
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_TIMER_S: Final = 0.001
-PROMPT_ACK_PACKETS: Final = 2
+PROMPT_ACK_PACKETS: Final = 8
+"""Packets that are acknowledged at once; fewer wait for the delay an ACK may have."""
+MAX_BURSTS: Final = 8
+"""Calls to the engine before the loop looks at what arrived."""
 _NO_APPLICATION_PROTOCOL: Final = QuicErrorCode.CRYPTO_ERROR + 120
 
 
@@ -494,11 +498,11 @@ class Link:
 
     # --- datagrams
 
-    def datagram_received(self, data: bytes, address: Address, now: float) -> None:
+    def datagrams_received(self, datagrams: Sequence[bytes], address: Address, now: float) -> None:
         if self.quic.closing():
             return
         self.last_received = now
-        self.quic.receive_datagram(data, address, now)
+        self.quic.receive_datagrams(datagrams, address, now)
 
     def transmit_soon(self) -> None:
         self._switchboard.mark(self)
@@ -516,14 +520,21 @@ class Link:
     def transmit(self, now: float) -> None:
         if self.error is not None:
             return
-        datagrams = self.quic.datagrams_to_send(now)
-        if datagrams:
+        for _ in range(MAX_BURSTS):
+            datagrams = self.quic.datagrams_to_send(now)
+            if not datagrams:
+                break
             trouble = self._switchboard.send(datagrams)
             if trouble is not None and not self.handshake_complete and self.dialed:
                 self.lost(
                     PeerUnreachableError(f"the address cannot be reached: {trouble.strerror}")
                 )
                 return
+            if self.quic.closing() or self._switchboard.socket.blocked:
+                break
+            now = self.loop.time()
+        else:
+            self.transmit_soon()  # what came in meanwhile goes first
         if self.quic.closing():
             self._closed_by_quic()
             return

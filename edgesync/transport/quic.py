@@ -7,8 +7,10 @@ TLS bytes. It does no I/O and knows nothing of sessions. ``edgesync.transport.li
 """
 
 import logging
+import random
 import ssl
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 from aioquic._crypto import CryptoError
@@ -26,7 +28,7 @@ from aioquic.quic.connection import (
 from aioquic.quic.crypto import CryptoPair
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicStreamFrame
 from aioquic.quic.packet_builder import QuicPacketBuilder
-from aioquic.quic.recovery import MAX_ACK_RANGES, QuicPacketPacer, QuicPacketSpace
+from aioquic.quic.recovery import MAX_ACK_RANGES, QuicPacketSpace
 from aioquic.quic.stream import (
     FinalSizeError,
     QuicStream,
@@ -39,12 +41,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edgesync import limits
+from edgesync.transport.congestion.base import CongestionController
+from edgesync.transport.congestion.choice import create_controller
 from edgesync.wire.messages import ALPN, ALPN_JOIN
 
 DATAGRAM_BYTES: Final = 1200
 CONNECTION_ID_BYTES: Final = 8
-BURST_S: Final = 0.002
-"""Rate the pacer may release at once: timers are not set finer than a millisecond, so less would cap the rate."""
+DEFAULT_CONTROLLER: Final = "cubic"
+"""Until the path's class is known."""
 
 logging.getLogger("quic").setLevel(
     logging.ERROR
@@ -202,14 +206,6 @@ class _Streams(dict[int, QuicStream]):
         super().__setitem__(stream_id, stream)
 
 
-class BurstPacer(QuicPacketPacer):
-    """Stock rate, but a bucket of at least ``BURST_S`` of it."""
-
-    def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
-        super().update_rate(congestion_window=congestion_window, smoothed_rtt=smoothed_rtt)
-        self.bucket_max = max(self.bucket_max, BURST_S)
-
-
 class BoundedQuicConnection(QuicConnection):
     """A connection whose peer may send what it was granted, and open as many streams as it was granted."""
 
@@ -221,7 +217,13 @@ class BoundedQuicConnection(QuicConnection):
             (self._local_max_streams_uni, 0),
         ):
             limit.value = limit.sent = value
-        self._loss._pacer = BurstPacer(max_datagram_size=self._max_datagram_size)  # noqa: SLF001
+        self.use_controller(
+            create_controller(
+                DEFAULT_CONTROLLER,
+                max_datagram_size=self._max_datagram_size,
+                rng=random.Random(),  # noqa: S311 - spreads flows, hides nothing
+            )
+        )
 
     # --- what the link asks for
 
@@ -277,6 +279,40 @@ class BoundedQuicConnection(QuicConnection):
             space.ack_at = now
 
     _last_prompt_ack = -1
+
+    # --- what a faster engine does better (``edgesync.transport.fast``)
+
+    probe_done: Callable[[int, bool], None] | None = None
+    """Told the size of a datagram of ``send_probe`` and whether it arrived."""
+
+    def receive_datagrams(self, datagrams: Sequence[bytes], address: Any, now: float) -> None:
+        """Datagrams that came from ``address``, in this order."""
+        for datagram in datagrams:
+            self.receive_datagram(datagram, address, now)
+
+    @property
+    def datagram_size(self) -> int:
+        return self._max_datagram_size
+
+    def set_datagram_size(self, size: int) -> None:
+        """Longest UDP payload from now on; what was sent already is cut anew only if it is lost."""
+        self._max_datagram_size = size
+        self.controller.resize(size)
+
+    controller: CongestionController
+
+    def use_controller(self, controller: CongestionController) -> None:
+        """Let ``controller`` and its pacer decide from now on; it goes on from what is in flight."""
+        loss = self._loss
+        controller.bytes_in_flight = loss._cc.bytes_in_flight  # noqa: SLF001
+        loss._cc = controller  # noqa: SLF001
+        loss._pacer = controller.pacer  # type: ignore[assignment]  # noqa: SLF001
+        self.controller = controller
+
+    def send_probe(self, size: int) -> None:
+        """Ask for one datagram of exactly ``size`` bytes to be sent. This engine cannot: it counts as lost at once."""
+        if self.probe_done is not None:
+            self.probe_done(size, False)
 
     def discard(self) -> None:
         """Break the reference cycles of a closed connection, so that its buffers go at once, not at the next GC."""

@@ -29,9 +29,10 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 
 from edgesync import limits
 from edgesync.errors import PeerBusyError, PeerUnreachableError, TransportError
+from edgesync.transport.engine import Connection
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link, LinkOwner
-from edgesync.transport.quic import CONNECTION_ID_BYTES, BoundedQuicConnection
+from edgesync.transport.quic import CONNECTION_ID_BYTES
 from edgesync.transport.udp import Address, UdpSocket, bind, source_key
 
 REFUSALS_PER_S: Final = 50
@@ -67,6 +68,9 @@ class Switchboard:
         self._touched: dict[Link, None] = {}
         self._dirty: dict[Link, None] = {}
         self._flush_scheduled = False
+        self._gathered: list[bytes] = []
+        self._gathered_id = b""
+        self._gathered_from: Address = ()
         self.sending: dict[Link, None] = {}
         """Links on which somebody waits for sent bytes to be acknowledged."""
         self._unproven: dict[Link, str] = {}
@@ -143,20 +147,41 @@ class Switchboard:
 
     # --- receiving
 
-    def _received(self, data: bytes, address: Address) -> None:
-        if not data:
+    def _received(self, datagrams: Sequence[bytes], address: Address) -> None:
+        """Gather what belongs together; the kernel may have joined datagrams of several connections."""
+        for data in datagrams:
+            if not data:
+                continue
+            if data[0] & 0x80:
+                self._deliver()
+                self._long_header(data, address)
+                continue
+            connection_id = data[1 : 1 + CONNECTION_ID_BYTES]
+            if connection_id != self._gathered_id or address != self._gathered_from:
+                self._deliver()
+                self._gathered_id, self._gathered_from = connection_id, address
+            self._gathered.append(data)
+
+    def _deliver(self) -> None:
+        """Hand what was gathered to its link."""
+        datagrams, self._gathered = self._gathered, []
+        if not datagrams:
             return
-        if not data[0] & 0x80:
-            link = self._links.get(data[1 : 1 + CONNECTION_ID_BYTES])
-        elif len(data) > 6:
-            link = self._links.get(data[6 : 6 + data[5]])
-            if link is None:
-                link = self._stranger(data, address)
-        else:
+        link = self._links.get(self._gathered_id)
+        if link is not None:
+            self._hand(link, datagrams, self._gathered_from)
+
+    def _long_header(self, data: bytes, address: Address) -> None:
+        if len(data) <= 6:
             return
+        link = self._links.get(data[6 : 6 + data[5]])
         if link is None:
-            return
-        link.datagram_received(data, address, self._loop.time())
+            link = self._stranger(data, address)
+        if link is not None:
+            self._hand(link, [data], address)
+
+    def _hand(self, link: Link, datagrams: Sequence[bytes], address: Address) -> None:
+        link.datagrams_received(datagrams, address, self._loop.time())
         if link.quic.heard() or link.dialed:
             self._touched[link] = None
         else:
@@ -164,6 +189,7 @@ class Switchboard:
             link.lost(TransportError("what came was no client's first packet"))
 
     def _batch_done(self) -> None:
+        self._deliver()
         touched, self._touched = self._touched, {}
         now = self._loop.time()
         for link in touched:
@@ -183,7 +209,7 @@ class Switchboard:
         """Raises PeerBusyError: the budget is used up."""
         if not self._budget.reserve(limits.UNPROVEN_WINDOW_BYTES):
             raise PeerBusyError("this machine has no room for another connection", retry_after_s=1)
-        quic = BoundedQuicConnection(configuration=configuration, peer_streams=0)
+        quic = Connection(configuration=configuration, peer_streams=0)
         link = Link(quic, self, owner, address=address, dialed=True, budget=self._budget)
         self.route(quic.host_cid, link)
         self._dialing[link] = None
@@ -256,7 +282,7 @@ class Switchboard:
         retry_id: bytes | None,
         source: str,
     ) -> Link:
-        quic = BoundedQuicConnection(
+        quic = Connection(
             configuration=self._server,
             original_destination_connection_id=original_id,
             retry_source_connection_id=retry_id,

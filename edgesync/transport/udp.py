@@ -1,8 +1,10 @@
 """One UDP socket, read and written in batches.
 
-It hands datagrams to a callback, at most ``BATCH`` a wake-up, and never blocks: what the kernel does not take is queued
-up to ``MAX_QUEUE`` and then dropped, as a network would. Port-unreachable answers (ICMP) are reported with the address
-they are about, where the platform tells (Linux). It knows nothing of QUIC.
+It hands datagrams to a callback, about ``BATCH`` a wake-up, and never blocks: what the kernel does not take is queued
+up to ``MAX_QUEUE`` and then dropped, as a network would. Where the kernel cuts and joins equal datagrams itself (GSO
+and GRO, Linux) it does; a path that refuses is served without. While single datagrams keep coming they are left to
+gather for ``COALESCE_S``: a wake-up costs more than a datagram. Port-unreachable answers (ICMP) are reported with the
+address they are about, where the platform tells (Linux). It knows nothing of QUIC.
 """
 
 import asyncio
@@ -12,7 +14,7 @@ import ipaddress
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 Address = tuple[Any, ...]
@@ -21,9 +23,23 @@ Address = tuple[Any, ...]
 BATCH: Final = 64
 MAX_QUEUE: Final = 1024
 SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
-RECEIVE_BYTES: Final = 2048
-"""Larger datagrams are cut, and then fail to decrypt: nobody honest sends them."""
+RECEIVE_BYTES: Final = 65_536
+"""One buffer for whatever one call brings, a datagram or many joined: nothing is allocated by what is announced."""
+COALESCE_S: Final = 0.002
+"""Pause of the reader while datagrams trickle in."""
+COALESCE_BELOW: Final = 8
+"""Datagrams a wake-up brings from which on reading at once costs less than it saves."""
+_BUSY_GAP_S: Final = 0.005
+_BUSY_DATAGRAMS: Final = 8
+MAX_SEGMENTS: Final = 60
+MAX_SEGMENTED_BYTES: Final = 64_000
+"""What one system call may send: the kernel takes 64 segments and the payload of one IPv4 packet."""
 
+_UDP_SEGMENT: Final = 103
+_UDP_GRO: Final = 104
+_REFUSES_SEGMENTS: Final = {errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
+_MAX_STRIKES: Final = 8
+_ANCILLARY_BYTES: Final = 64
 _IP_RECVERR: Final = 11
 _IPV6_RECVERR: Final = 25
 _SO_EE_ORIGINS_ICMP: Final = (2, 3)
@@ -31,15 +47,16 @@ _QUIET = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPERM
 
 
 class UdpSocket:
-    """``received`` gets (data, address) pairs, ``batch_done`` follows each batch, ``refused`` gets ICMP verdicts."""
+    """``received`` gets datagrams of one address, ``batch_done`` follows each batch, ``refused`` gets ICMP verdicts."""
 
     def __init__(
         self,
         sock: socket.socket,
         *,
-        received: Callable[[bytes, Address], None],
+        received: Callable[[Sequence[bytes], Address], None],
         batch_done: Callable[[], None],
         refused: Callable[[Address], None],
+        offload: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
@@ -52,6 +69,18 @@ class UdpSocket:
         self.datagrams_out = 0
         self.bytes_in = 0
         self.bytes_out = 0
+        self.joins = offload and _has_option(sock, _UDP_GRO, turn_on=True)
+        """Whether the kernel hands equal datagrams over joined."""
+        self.segments = offload and _has_option(sock, _UDP_SEGMENT)
+        """Whether the kernel cuts one buffer into equal datagrams."""
+        self._strikes = 0
+        self.receive_buffer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        """Bytes the kernel keeps for us, its bookkeeping included."""
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._pause: asyncio.TimerHandle | None = None
+        self._busy = 0
+        self._read_at = 0.0
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @property
@@ -62,31 +91,91 @@ class UdpSocket:
     def family(self) -> int:
         return self._sock.family
 
+    def warnings(self) -> list[str]:
+        """What the operator could mend, one sentence each."""
+        if self.receive_buffer >= SOCKET_BUFFER_BYTES:
+            return []
+        return [
+            (
+                f"the kernel gives the QUIC socket {self.receive_buffer // 1024} KiB of receive buffer"
+                f" instead of {SOCKET_BUFFER_BYTES // 1024}: fast senders will lose packets;"
+                f" set net.core.rmem_max to {SOCKET_BUFFER_BYTES}"
+            )
+        ]
+
     def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
         self._queue.clear()
 
-    def send(self, datagrams: Iterable[tuple[bytes, Address]]) -> OSError | None:
+    @property
+    def blocked(self) -> bool:
+        """Whether the kernel takes nothing now: making more datagrams would only fill the queue."""
+        return bool(self._queue)
+
+    def send(self, datagrams: Sequence[tuple[bytes, Address]]) -> OSError | None:
         """Send or queue all; the first reason why one could not be sent at all."""
         trouble: OSError | None = None
         if self._sock.fileno() < 0:
             return None
-        for data, address in datagrams:
+        at, count = 0, len(datagrams)
+        self.datagrams_out += count
+        while at < count:
+            data, address = datagrams[at]
             if self._queue:
                 self._enqueue(data, address)
+            elif self.segments and at + 1 < count and (sent := self._send_segments(datagrams, at)):
+                at += sent
                 continue
-            try:
-                self._sock.sendto(data, address)
-            except BlockingIOError:
-                self._enqueue(data, address)
-            except OSError as exc:
-                trouble = trouble or self._again(data, address, exc)
-            self.datagrams_out += 1
+            else:
+                try:
+                    self._sock.sendto(data, address)
+                except BlockingIOError:
+                    self._enqueue(data, address)
+                except OSError as exc:
+                    trouble = trouble or self._again(data, address, exc)
             self.bytes_out += len(data)
+            at += 1
         return trouble
+
+    def _send_segments(self, datagrams: Sequence[tuple[bytes, Address]], at: int) -> int:
+        """Send the longest run of equally long datagrams to one address (the last may be shorter); how many went."""
+        first, address = datagrams[at]
+        size = total = len(first)
+        run = [first]
+        for data, to in datagrams[at + 1 : at + MAX_SEGMENTS]:
+            length = len(data)
+            if length > size or total + length > MAX_SEGMENTED_BYTES or to != address:
+                break
+            run.append(data)
+            total += length
+            if length < size:
+                break
+        if len(run) == 1:
+            return 0
+        try:
+            self._sock.sendmsg(
+                run,
+                [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", size))],
+                0,
+                address,
+            )
+        except BlockingIOError:
+            return 0  # each is tried alone, and queued
+        except OSError as exc:
+            # An interface or kernel that cannot: done without from here on. "Invalid" may be this size only.
+            self._strikes += 1
+            if exc.errno in _REFUSES_SEGMENTS or self._strikes >= _MAX_STRIKES:
+                self.segments = False
+            return 0
+        self._strikes = 0
+        self.bytes_out += total
+        return len(run)
 
     def _again(self, data: bytes, address: Address, first: OSError) -> OSError | None:
         """An ICMP verdict about another peer surfaces on whatever is sent next: settle it, try once more."""
@@ -120,15 +209,10 @@ class UdpSocket:
         self._loop.remove_writer(self._sock.fileno())
 
     def _readable(self) -> None:
-        receive = self._sock.recvfrom
-        received = self._received
         count = 0
         try:
             while count < BATCH:
-                data, address = receive(RECEIVE_BYTES)
-                count += 1
-                self.bytes_in += len(data)
-                received(data, address)
+                count += self._receive()
         except BlockingIOError:
             pass
         except OSError:
@@ -136,7 +220,46 @@ class UdpSocket:
         if not count:
             self._read_errors()  # an error alone also wakes the reader
         self.datagrams_in += count
+        self._consider_pause(count)
         self._batch_done()
+
+    def _receive(self) -> int:
+        """Hand over what one call brings; how many datagrams that were. Raises OSError, BlockingIOError."""
+        view = self._view
+        if not self.joins:
+            size, address = self._sock.recvfrom_into(view)
+            self.bytes_in += size
+            self._received((bytes(view[:size]),), address)
+            return 1
+        size, ancillary, _, address = self._sock.recvmsg_into((view,), _ANCILLARY_BYTES)
+        self.bytes_in += size
+        step = size
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.IPPROTO_UDP, _UDP_GRO):
+                step = struct.unpack_from("=i", data)[0]
+        if step >= size:
+            self._received((bytes(view[:size]),), address)
+            return 1
+        datagrams = [bytes(view[at : at + step]) for at in range(0, size - step, step)]
+        datagrams.append(bytes(view[len(datagrams) * step : size]))
+        self._received(datagrams, address)
+        return len(datagrams)
+
+    def _consider_pause(self, count: int) -> None:
+        """Let datagrams gather in the kernel while they come often, but few at a time."""
+        now = self._loop.time()
+        recent = now - self._read_at < _BUSY_GAP_S
+        self._busy = min(self._busy + count, BATCH) if recent else 0
+        self._read_at = now
+        if self._busy >= _BUSY_DATAGRAMS and 0 < count < COALESCE_BELOW and self._pause is None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._pause = self._loop.call_later(COALESCE_S, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+            self._readable()
 
     def _read_errors(self) -> None:
         flag = getattr(socket, "MSG_ERRQUEUE", None)
@@ -156,6 +279,18 @@ class UdpSocket:
                     number, origin = struct.unpack_from("=IB", data)
                     if origin in _SO_EE_ORIGINS_ICMP and number == errno.ECONNREFUSED:
                         self._refused(tuple(address))
+
+
+def _has_option(sock: socket.socket, option: int, *, turn_on: bool = False) -> bool:
+    """Whether the kernel knows a UDP option."""
+    try:
+        if turn_on:
+            sock.setsockopt(socket.IPPROTO_UDP, option, 1)
+        else:
+            sock.getsockopt(socket.IPPROTO_UDP, option)
+    except OSError:
+        return False
+    return True
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,200 @@
+"""Loss recovery with slim records: what an ACK says about neighbouring stream bytes reaches the stream once.
+
+Semantics are aioquic's (RFC 9002), with two additions: probes after an outage are at most ``PROBE_INTERVAL_S`` apart,
+and one transmission can be held to one datagram without touching the congestion controller.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+from aioquic.quic.packet import QuicPacketType
+from aioquic.quic.packet_builder import QuicDeliveryState
+from aioquic.quic.rangeset import RangeSet
+from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
+from aioquic.quic.stream import QuicStreamSender
+from aioquic.tls import Epoch
+
+PROBE_INTERVAL_S: Final = 1.0
+"""Longest pause between probes of a silent peer: doubling would sleep for seconds after an outage is over."""
+MIN_RTT_S: Final = 0.001
+
+_ACKED: Final = QuicDeliveryState.ACKED
+
+
+class SentStream:
+    """A sent 1-RTT packet that holds one STREAM frame and nothing else; stands in for ``QuicSentPacket``."""
+
+    __slots__ = (
+        "cc",
+        "fin",
+        "packet_number",
+        "sender",
+        "sent_bytes",
+        "sent_time",
+        "start",
+        "stop",
+    )
+    epoch: ClassVar = Epoch.ONE_RTT
+    packet_type: ClassVar = QuicPacketType.ONE_RTT
+    in_flight: ClassVar = True
+    is_ack_eliciting: ClassVar = True
+    is_crypto_packet: ClassVar = False
+    quic_logger_frames: ClassVar[tuple[()]] = ()
+
+    cc: Any
+    """For the congestion controller's stamps."""
+
+    def __init__(
+        self,
+        packet_number: int,
+        sent_time: float,
+        sent_bytes: int,
+        sender: QuicStreamSender,
+        start: int,
+        stop: int,
+        fin: bool,
+    ) -> None:
+        self.packet_number = packet_number
+        self.sent_time = sent_time
+        self.sent_bytes = sent_bytes
+        self.sender = sender
+        self.start = start
+        self.stop = stop
+        self.fin = fin
+
+    @property
+    def delivery_handlers(self) -> list[tuple[Any, Any]]:
+        return [(self.sender.on_data_delivery, (self.start, self.stop, self.fin))]
+
+
+class SentOther:
+    """A sent 1-RTT packet outside congestion control: an ACK alone, or a path probe, whose loss means no congestion."""
+
+    __slots__ = (
+        "cc",
+        "delivery_handlers",
+        "is_ack_eliciting",
+        "packet_number",
+        "sent_bytes",
+        "sent_time",
+    )
+    epoch: ClassVar = Epoch.ONE_RTT
+    packet_type: ClassVar = QuicPacketType.ONE_RTT
+    in_flight: ClassVar = False
+    is_crypto_packet: ClassVar = False
+    quic_logger_frames: ClassVar[tuple[()]] = ()
+
+    cc: Any
+
+    def __init__(
+        self,
+        packet_number: int,
+        sent_time: float,
+        sent_bytes: int,
+        *,
+        is_ack_eliciting: bool,
+        handler: tuple[Any, Any],
+    ) -> None:
+        self.packet_number = packet_number
+        self.sent_time = sent_time
+        self.sent_bytes = sent_bytes
+        self.is_ack_eliciting = is_ack_eliciting
+        self.delivery_handlers = [handler]
+
+
+class FastRecovery(QuicPacketRecovery):
+    """See the module."""
+
+    held_to: int | None = None
+    """While set, no more than so many bytes are let out beyond those in flight."""
+    ack_ended: Callable[[float], None] | None = None
+    """Told the time after each ACK frame that acknowledged something, once its losses are counted."""
+
+    @property
+    def congestion_window(self) -> int:
+        window = self._cc.congestion_window
+        if self.held_to is None:
+            return window
+        return min(window, self._cc.bytes_in_flight + self.held_to)
+
+    def on_ack_received(
+        self,
+        *,
+        ack_rangeset: RangeSet,
+        ack_delay: float,
+        now: float,
+        space: QuicPacketSpace,
+    ) -> None:
+        """Stock semantics, except that a stream hears of neighbouring acknowledged bytes once."""
+        largest_acked = ack_rangeset.bounds().stop - 1
+        space.largest_acked_packet = max(space.largest_acked_packet, largest_acked)
+        sent: dict[int, Any] = space.sent_packets
+        on_packet_acked: Any = self._cc.on_packet_acked
+        packet: Any = None
+        sender: QuicStreamSender | None = None
+        start = stop = eliciting = 0
+        numbers = list(sent)
+        for acked in ack_rangeset:
+            first = bisect_left(numbers, acked.start)
+            for number in numbers[first : bisect_left(numbers, acked.stop, first)]:
+                packet = sent.pop(number)
+                if type(packet) is not SentStream or packet.fin:
+                    eliciting += packet.is_ack_eliciting
+                    if packet.in_flight:
+                        on_packet_acked(packet=packet, now=now)
+                    for handler, arguments in packet.delivery_handlers:
+                        handler(_ACKED, *arguments)
+                    continue
+                eliciting += 1
+                on_packet_acked(packet=packet, now=now)
+                if packet.sender is not sender or packet.start != stop:
+                    if sender is not None:
+                        sender.on_data_delivery(_ACKED, start, stop, False)
+                    sender, start = packet.sender, packet.start
+                stop = packet.stop
+        if sender is not None:
+            sender.on_data_delivery(_ACKED, start, stop, False)
+        if packet is None:
+            return
+        space.ack_eliciting_in_flight -= eliciting
+        if packet.packet_number == largest_acked and eliciting:
+            self._sample_rtt(now - packet.sent_time, min(ack_delay, self.max_ack_delay), now)
+        self._detect_loss(now=now, space=space)
+        if self.peer_completed_address_validation:
+            self._pto_count = 0
+        if self.ack_ended is not None:
+            self.ack_ended(now)
+
+    def _sample_rtt(self, rtt: float, ack_delay: float, now: float) -> None:
+        """RFC 9002 section 5.3, with aioquic's floor of a millisecond."""
+        latest = max(rtt, MIN_RTT_S)
+        self._rtt_min = min(self._rtt_min, latest)
+        if latest > self._rtt_min + ack_delay:
+            latest -= ack_delay
+        self._rtt_latest = latest
+        if self._rtt_initialized:
+            deviation = abs(self._rtt_min - latest)
+            self._rtt_variance = 3 / 4 * self._rtt_variance + 1 / 4 * deviation
+            self._rtt_smoothed = 7 / 8 * self._rtt_smoothed + 1 / 8 * latest
+        else:
+            self._rtt_first_sample_time = now
+            self._rtt_initialized = True
+            self._rtt_variance = rtt / 2
+            self._rtt_smoothed = rtt
+        self._cc.on_rtt_measurement(now=now, rtt=rtt)
+        self._pacer.update_rate(
+            congestion_window=self._cc.congestion_window, smoothed_rtt=self._rtt_smoothed
+        )
+
+    def get_loss_detection_time(self, *, amplification_limited: bool) -> float | None:
+        at = super().get_loss_detection_time(amplification_limited=amplification_limited)
+        if (
+            at is not None
+            and self._pto_count > 0
+            and self.handshake_confirmed
+            and self._get_loss_space() is None
+        ):
+            pause = max(2 * self.get_probe_timeout(), PROBE_INTERVAL_S)
+            at = min(at, self._time_of_last_sent_ack_eliciting_packet + pause)
+        return at
