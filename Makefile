@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check unit format lint types arrows acceptance bench lock venv docs clean
+.PHONY: demo test check unit format lint types arrows acceptance bench bench-transport lock venv docs clean
 
 demo: venv
 	$(BIN)/edgesync demo --tour
@@ -51,6 +51,9 @@ acceptance: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks
+
+bench-transport: venv
+	$(BIN)/python -m benchmarks.transport
 
 docs: venv
 	$(BIN)/python -m edgesync.testing.state_docs docs/state-machines.md

@@ -16,7 +16,7 @@ def main() -> int:
     names = sys.argv[1:] or sorted(
         module.name
         for module in pkgutil.iter_modules(benchmarks.__path__)
-        if module.name != "__main__"
+        if not module.name.startswith("_")
     )
     print(f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}")
     for name in names:

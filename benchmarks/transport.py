@@ -1,21 +1,189 @@
-"""Loopback throughput of one connection against stock aioquic in the same run, and what importing the stack costs.
+"""One connection over loopback: EdgeSync's engine beside stock aioquic, qh3 and TLS over TCP, in one interleaved run.
 
-Server and client are processes of their own; the client asks for 256 pieces of 64 KiB at a time. Runs alternate between
-the two stacks, medians are given. Both send 1200-byte datagrams.
+``python -m benchmarks.transport [--repeat N] [--quick] [--only NAME,…]`` (``make bench-transport``). Server and client
+are processes of their own. "bare" is a link and its stream, without session and pieces; "pieces" asks a member for 64
+KiB pieces and is what agents do. CPU is per datagram's worth of payload. qh3 is run by the interpreter that
+``EDGESYNC_BENCH_QH3`` names (one that has it installed); it is no dependency of EdgeSync.
 """
 
+import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PIECE = 65_536
 PIECES = 256
-ROUNDS = 2
+SLICE = 1 << 18
+MB = 1_000_000
+HEADERS = 39
+"""Bytes of a 1-RTT datagram that are not payload."""
+PEERS = Path(__file__).with_name("_quic_peers.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: which engine, how, and how much it moves."""
+
+    name: str
+    engine: str
+    datagram: int = 1452
+    megabytes: int = 100
+    connections: int = 1
+    options: str = ""
+
+
+CASES = (
+    Case("stock aioquic", "aioquic", megabytes=30),
+    Case("bare, no offload", "bare", megabytes=100, options="plain"),
+    Case("bare, GSO/GRO", "bare", megabytes=150),
+    Case("bare, ChaCha20, GSO/GRO", "bare", megabytes=100, options="chacha"),
+    Case("pieces, GSO/GRO", "pieces", megabytes=100),
+    Case("qh3", "qh3", megabytes=60),
+    Case("TLS over TCP", "tls", megabytes=200),
+    Case("stock aioquic x 4", "aioquic", megabytes=32, connections=4),
+    Case("bare x 4, GSO/GRO", "bare", megabytes=120, connections=4),
+    Case("stock aioquic, 8900 B", "aioquic", datagram=8900, megabytes=80),
+    Case("bare, 8900 B, GSO/GRO", "bare", datagram=8900, megabytes=200),
+)
+BARS = (
+    ("bare, no offload", "stock aioquic", 5.0),
+    ("bare, GSO/GRO", "stock aioquic", 7.0),
+    ("bare, GSO/GRO", "qh3", 2.0),
+    ("bare x 4, GSO/GRO", "stock aioquic x 4", 4.0),
+    ("bare, 8900 B, GSO/GRO", "TLS over TCP", 0.7),
+)
+CPU_BARS = (("bare, GSO/GRO", "stock aioquic", 0.2, 0.3),)
+"""Ours, theirs, receiving, sending."""
+
+
+def say(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+# --- bare: a link and its streams
+
+
+def _switchboard(options: str, doorman: Any) -> Any:
+    from aioquic.tls import CipherSuite
+
+    from edgesync.identity import Identity, self_signed
+    from edgesync.transport.flow import Budget
+    from edgesync.transport.quic import server_configuration
+    from edgesync.transport.switchboard import Switchboard
+
+    identity = self_signed(Identity.generate(), "bench")
+    assert identity.certificate is not None
+    server = server_configuration(
+        certificate=identity.certificate,
+        private_key=identity.private_key,
+        idle_timeout_s=30,
+        joins=False,
+    )
+    if "chacha" in options:
+        server.cipher_suites = [CipherSuite.CHACHA20_POLY1305_SHA256]
+    return Switchboard(
+        "127.0.0.1",
+        0,
+        server=server,
+        doorman=doorman,
+        budget=Budget(1 << 28),
+        offload="plain" not in options,
+    )
+
+
+class Owner:
+    def __init__(self, ready: Any = None, opened: Any = None) -> None:
+        self.ready, self.opened = ready, opened
+
+    def handshake_done(self, link: Any, alpn: str) -> None:
+        del alpn
+        if self.ready is not None:
+            self.ready(link)
+
+    def stream_opened(self, link: Any, stream: Any) -> None:
+        if self.opened is not None:
+            self.opened(link, stream)
+
+    def link_closed(self, link: Any, error: Any) -> None: ...
+
+
+async def serve_bare(datagram: int, options: str) -> None:
+    block = os.urandom(SLICE)
+    tasks: set[asyncio.Task[None]] = set()
+    began: list[float] = []
+
+    async def answer(link: Any, stream: Any) -> None:
+        size = int.from_bytes(await stream.read_exactly(8), "big")
+        began.append(time.process_time())
+        link.quic.set_datagram_size(datagram)
+        for _ in range(size // SLICE):
+            stream.write(block)
+            await stream.drain()
+        stream.write(b"", end=True)
+        await stream.drain(low_water=0)
+
+    def opened(link: Any, stream: Any) -> None:
+        tasks.add(asyncio.ensure_future(answer(link, stream)))
+
+    class Doorman:
+        def new_owner(self) -> Owner:
+            return Owner(opened=opened)
+
+        def accepted(self, link: Any) -> None:
+            board.proven(link)
+
+    board = _switchboard(options, Doorman())
+    say(port=board.socket.address[1])
+    await asyncio.to_thread(sys.stdin.read)
+    say(cpu=time.process_time() - began[0], warnings=board.socket.warnings())
+    board.close()
+    os._exit(0)
+
+
+async def fetch_bare(port: int, size: int, connections: int, options: str) -> None:
+    from edgesync.transport.quic import client_configuration
+    from edgesync.wire.messages import ALPN
+
+    board = _switchboard(options, None)
+    links = []
+    for _ in range(connections):
+        ready = asyncio.get_running_loop().create_future()
+        links.append(
+            board.dial(
+                client_configuration(alpn=ALPN, idle_timeout_s=30),
+                ("127.0.0.1", port),
+                Owner(ready=ready.set_result),
+            )
+        )
+        await asyncio.wait_for(ready, 10)
+
+    async def one(link: Any) -> None:
+        share = size // connections // SLICE * SLICE
+        stream = link.open_stream()
+        await stream.grant(4 * SLICE)
+        stream.follow_path()
+        stream.write(share.to_bytes(8, "big"), end=True)
+        for _ in range(share // SLICE):
+            await stream.read_exactly(SLICE)
+
+    await asyncio.sleep(0.1)
+    cpu, started = time.process_time(), time.perf_counter()
+    await asyncio.gather(*(one(link) for link in links))
+    say(seconds=time.perf_counter() - started, cpu=time.process_time() - cpu)
+    os._exit(0)
+
+
+# --- pieces: a member that asks another
 
 
 def _judge(der: bytes) -> Any:
@@ -45,16 +213,24 @@ def _data() -> list[bytes]:
     return [rng.randbytes(PIECE) for _ in range(PIECES)]
 
 
-async def serve_edgesync() -> None:
+async def serve_pieces(datagram: int) -> None:
     endpoint, handler = await _endpoint("server")
     for data in _data():
         handler.shelf.put(data)
-    _say(port=endpoint.port)
+
+    def widen(conn: Any) -> None:
+        conn._link.quic.set_datagram_size(datagram)
+
+    say(port=endpoint.port)
+    conn = await handler.connections.get()
+    widen(conn)
+    began = time.process_time()
     await asyncio.to_thread(sys.stdin.read)
+    say(cpu=time.process_time() - began)
     await endpoint.close()
 
 
-async def fetch_edgesync(port: int) -> None:
+async def fetch_pieces(port: int, size: int) -> None:
     import hashlib
 
     endpoint, _ = await _endpoint("client")
@@ -67,90 +243,109 @@ async def fetch_edgesync(port: int) -> None:
             total += len(answer.data)
         return total
 
-    await once()
+    rounds = max(1, size // (PIECE * PIECES))
     cpu, started = time.process_time(), time.perf_counter()
-    total = sum([await once() for _ in range(ROUNDS)])
-    _say(seconds=time.perf_counter() - started, cpu=time.process_time() - cpu, total=total)
+    total = sum([await once() for _ in range(rounds)])
+    say(seconds=time.perf_counter() - started, cpu=time.process_time() - cpu, total=total)
     await endpoint.close()
 
 
-async def serve_stock() -> None:
-    from aioquic.asyncio import serve
-    from aioquic.quic.configuration import QuicConfiguration
+# --- running
 
-    from edgesync.identity import Identity, self_signed
 
-    identity = self_signed(Identity.generate(), "server")
-    body = b"".join(_data())
+@contextlib.contextmanager
+def certificate() -> Iterator[Path]:
+    """A folder with a self-signed key pair for the engines that are not ours."""
+    import datetime as dt
 
-    def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async def work() -> None:
-            await reader.read()
-            writer.write(body)
-            writer.write_eof()
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
 
-        tasks.append(asyncio.ensure_future(work()))
-
-    tasks: list[Any] = []
-    configuration = QuicConfiguration(
-        is_client=False,
-        alpn_protocols=["x"],
-        certificate=identity.certificate,
-        private_key=identity.private_key,
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .sign(key, hashes.SHA256())
     )
-    server = await serve("127.0.0.1", 0, configuration=configuration, stream_handler=answer)
-    _say(port=server._transport.get_extra_info("sockname")[1])
-    await asyncio.to_thread(sys.stdin.read)
-    server.close()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        (path / "key.pem").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        yield path
 
 
-async def fetch_stock(port: int) -> None:
-    import ssl
-
-    from aioquic.asyncio import connect
-    from aioquic.quic.configuration import QuicConfiguration
-
-    configuration = QuicConfiguration(alpn_protocols=["x"], verify_mode=ssl.CERT_NONE)
-    async with connect("127.0.0.1", port, configuration=configuration) as client:
-
-        async def once() -> int:
-            reader, writer = await client.create_stream()
-            writer.write(b"all")
-            writer.write_eof()
-            return len(await reader.read())
-
-        await once()
-        cpu, started = time.process_time(), time.perf_counter()
-        total = sum([await once() for _ in range(ROUNDS)])
-        _say(seconds=time.perf_counter() - started, cpu=time.process_time() - cpu, total=total)
+def _command(case: Case, role: str, folder: Path, port: int, size: int) -> list[str]:
+    if case.engine in {"bare", "pieces"}:
+        head = [sys.executable, "-m", "benchmarks.transport", f"_{role}_{case.engine}"]
+        return [*head, *map(str, (port, case.datagram, size, case.connections)), case.options]
+    python = os.environ.get("EDGESYNC_BENCH_QH3", sys.executable)
+    return [
+        python if case.engine == "qh3" else sys.executable,
+        str(PEERS),
+        role,
+        case.engine,
+        str(folder),
+        *map(str, (port, case.datagram, size, case.connections)),
+    ]
 
 
-def _say(**facts: Any) -> None:
-    sys.stdout.write(json.dumps(facts) + "\n")
-    sys.stdout.flush()
+def _child(role: str, numbers: list[str], options: str) -> None:
+    port, datagram, size, connections = map(int, numbers)
+    work = {
+        "_serve_bare": lambda: serve_bare(datagram, options),
+        "_fetch_bare": lambda: fetch_bare(port, size, connections, options),
+        "_serve_pieces": lambda: serve_pieces(datagram),
+        "_fetch_pieces": lambda: fetch_pieces(port, size),
+    }[role]
+    asyncio.run(work())
 
 
-def _process(role: str, *arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.transport", role, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+def measure(case: Case, folder: Path, *, quick: bool) -> tuple[float, float, float]:
+    """(MB/s, receiver's and sender's CPU microseconds a datagram)."""
+    unit = PIECE * PIECES if case.engine == "pieces" else case.connections << 20
+    size = max(1, case.megabytes * MB // (4 if quick else 1) // unit) * unit
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+    with subprocess.Popen(_command(case, "serve", folder, 0, size), **pipes) as server:
+        try:
+            port = json.loads(server.stdout.readline())["port"]
+            fetch = _command(case, "fetch", folder, port, size)
+            client = subprocess.run(fetch, capture_output=True, text=True, timeout=240, check=True)
+            received = json.loads(client.stdout.splitlines()[-1])
+            server.stdin.close()
+            sent = json.loads(server.stdout.readline())
+        finally:
+            server.kill()
+    datagrams = size / (case.datagram - HEADERS)
+    return (
+        size / received["seconds"] / 1e6,
+        received["cpu"] * 1e6 / datagrams,
+        sent["cpu"] * 1e6 / datagrams,
     )
 
 
-def measure(stack: str) -> tuple[float, float]:
-    """(MB/s, client's CPU microseconds per datagram's worth of payload)."""
-    with _process(f"serve_{stack}") as server:
-        assert server.stdout is not None
-        port = json.loads(server.stdout.readline())["port"]
-        with _process(f"fetch_{stack}", port) as client:
-            assert client.stdout is not None
-            facts = json.loads(client.stdout.readline())
-        server.stdin.close()  # type: ignore[union-attr]
-        server.wait(20)
-    assert facts["total"] == ROUNDS * PIECES * PIECE
-    return facts["total"] / facts["seconds"] / 1e6, facts["cpu"] * 1e6 / (facts["total"] / 1170)
+def has_qh3() -> bool:
+    python = os.environ.get("EDGESYNC_BENCH_QH3", sys.executable)
+    return not subprocess.run(
+        [python, "-c", "import qh3"], capture_output=True, check=False
+    ).returncode
 
 
 def import_cost() -> tuple[float, float]:
@@ -167,33 +362,60 @@ def import_cost() -> tuple[float, float]:
     return statistics.median(o[0] for o in outcomes), statistics.median(o[1] for o in outcomes)
 
 
-def run(repeats: int = 3) -> list[str]:
-    """Rows for the benchmark table."""
-    results: dict[str, list[tuple[float, float]]] = {"stock": [], "edgesync": []}
-    for _ in range(repeats):
-        for stack, outcomes in results.items():
-            outcomes.append(measure(stack))
-    rates = {s: statistics.median(o[0] for o in outcomes) for s, outcomes in results.items()}
-    costs = {s: statistics.median(o[1] for o in outcomes) for s, outcomes in results.items()}
+def run(repeats: int = 3, *, quick: bool = False, only: str = "") -> list[str]:
+    """Rows for the benchmark table; runs of all cases alternate."""
+    wanted = [case for case in CASES if not only or any(o in case.name for o in only.split(","))]
+    rows = []
+    if not has_qh3():
+        wanted = [case for case in wanted if case.engine != "qh3"]
+        rows.append("qh3: not measured, EDGESYNC_BENCH_QH3 names no interpreter that has it")
+    results: dict[str, list[tuple[float, float, float]]] = {case.name: [] for case in wanted}
+    with certificate() as folder:
+        for _ in range(repeats):
+            for case in wanted:
+                results[case.name].append(measure(case, folder, quick=quick))
+    middle = {
+        name: tuple(statistics.median(column) for column in zip(*taken, strict=True))
+        for name, taken in results.items()
+    }
+    for name, taken in results.items():
+        rate, receiving, sending = middle[name]
+        rates = [one[0] for one in taken]
+        rows.append(
+            f"{name:26} {rate:7.1f} MB/s [{min(rates):.1f}-{max(rates):.1f}]"
+            f"  {receiving:6.1f} us/datagram receiving {sending:6.1f} sending"
+        )
+    for ours, theirs, bar in BARS:
+        if ours in middle and theirs in middle:
+            ratio = middle[ours][0] / middle[theirs][0]
+            rows.append(f"{ours} = {ratio:.2f} x {theirs} (bar {bar:g})")
+    for ours, theirs, receiving, sending in CPU_BARS:
+        if ours in middle and theirs in middle:
+            mine, other = middle[ours], middle[theirs]
+            rows.append(
+                f"CPU a datagram, {ours} / {theirs}: {mine[1] / other[1]:.2f} receiving (bar {receiving}),"
+                f" {mine[2] / other[2]:.2f} sending (bar {sending})"
+            )
     seconds, mebibytes = import_cost()
-    return [
-        (
-            f"one connection, loopback, 1200 B: stock aioquic {rates['stock']:.1f} MB/s"
-            f" ({costs['stock']:.0f} us/datagram at the receiver)"
-        ),
-        (
-            f"one connection, loopback, 1200 B: edgesync {rates['edgesync']:.1f} MB/s"
-            f" ({costs['edgesync']:.0f} us/datagram) = {rates['edgesync'] / rates['stock']:.1f} x stock"
-        ),
-        (
-            f"import of the transport: {seconds * 1000:.0f} ms, {mebibytes:.1f} MiB"
-            f" (Python {sys.version.split()[0]}, {os.cpu_count()} cores)"
-        ),
-    ]
+    rows.append(
+        f"import of the transport: {seconds * 1000:.0f} ms, {mebibytes:.1f} MiB"
+        f" (Python {sys.version.split()[0]}, {os.cpu_count()} cores, medians of {repeats})"
+    )
+    return rows
+
+
+def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1].startswith("_"):
+        _child(sys.argv[1], sys.argv[2:6], "".join(sys.argv[6:]))
+        return
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transport")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the bytes")
+    parser.add_argument("--only", default="", help="parts of the names of rows, by comma")
+    arguments = parser.parse_args()
+    rows = run(arguments.repeat, quick=arguments.quick, only=arguments.only)
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        asyncio.run(globals()[sys.argv[1]](*map(int, sys.argv[2:])))
-    else:
-        print("\n".join(run()))
+    main()

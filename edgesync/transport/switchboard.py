@@ -57,6 +57,7 @@ class Switchboard:
         budget: Budget,
         max_unproven: int = limits.MAX_UNPROVEN_CONNECTIONS,
         max_unproven_per_address: int = limits.MAX_UNPROVEN_PER_ADDRESS,
+        offload: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._server = server
@@ -87,6 +88,7 @@ class Switchboard:
             received=self._received,
             batch_done=self._batch_done,
             refused=self._unreachable,
+            offload=offload,
         )
 
     # --- routes
