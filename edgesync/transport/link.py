@@ -32,6 +32,7 @@ from edgesync.errors import (
 from edgesync.peer.session import error_from_code, printable
 from edgesync.transport.flow import Budget
 from edgesync.transport.quic import BoundedQuicConnection
+from edgesync.transport.read_buffer import ReadBuffer
 from edgesync.transport.udp import Address
 from edgesync.transport.window import WindowTuner
 from edgesync.wire import codec
@@ -70,7 +71,7 @@ class Stream:
         self._window = quic_stream.max_stream_data_local
         self._reserved = 0
         self.follows_path = False
-        self._buffer = bytearray()
+        self._buffer = ReadBuffer()
         self._consumed = 0
         self._ended = False
         self._error: EdgeSyncError | None = None
@@ -114,8 +115,7 @@ class Stream:
             await self._wait_for(count, stall_s)
         if len(self._buffer) < count:
             raise UnexpectedMessageError("the peer ended a stream in the middle of a message")
-        data = bytes(memoryview(self._buffer)[:count])
-        del self._buffer[:count]
+        data = self._buffer.take(count)
         self._consume(count)
         return data
 
@@ -305,7 +305,7 @@ class Stream:
             if ended:
                 self._link.forget(self)
             return
-        self._buffer += data
+        self._buffer.append(data)
         if self._ended or len(self._buffer) >= self._needed:
             self._wake_reader()
 

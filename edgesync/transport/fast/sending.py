@@ -7,6 +7,7 @@ another frame is due (limits, connection ids, resets, probes, a FIN alone) stock
 Who may send how much is the congestion controller's and its pacer's to say; nothing here goes around them.
 """
 
+import struct
 from typing import Any, Final, cast
 
 from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer, encode_uint_var  # type: ignore[attr-defined]
@@ -14,19 +15,26 @@ from aioquic.quic.crypto import CryptoPair
 from aioquic.quic.packet import QuicFrameType, push_ack_frame
 from aioquic.quic.packet_builder import QuicDeliveryState
 from aioquic.quic.recovery import QuicPacketSpace
-from aioquic.quic.stream import QuicStream, QuicStreamSender
+from aioquic.quic.stream import QuicStream, QuicStreamReceiver, QuicStreamSender
 from aioquic.tls import Epoch
 
 from edgesync.transport.congestion.base import CongestionController
-from edgesync.transport.fast.protection import masks
+from edgesync.transport.fast.protection import SAMPLE_BYTES, masks
 from edgesync.transport.fast.receiving import BatchReceiving
 from edgesync.transport.fast.recovery import FastRecovery, SentOther, SentStream
+from edgesync.transport.fast.segments import SegmentSender
+from edgesync.transport.quic import SparseReceiver
 
 BATCH_DATAGRAMS: Final = 40
 """Datagrams of one call: of 1452 bytes about what one system call takes."""
 ACK_DELAY_S: Final = 0.008
 """Longest an ACK waits for company; stock code's millisecond acknowledges almost every packet of a slow link."""
 
+_PACK_PLACE: Final = struct.Struct(">QH").pack
+_EIGHT_BYTES: Final = 0xC000000000000000
+_TWO_BYTES: Final = 0x4000
+"""Tags of variable-length integers of these lengths."""
+_UNPACK_MASK: Final = struct.Struct(">BH").unpack_from
 _TAG_BYTES: Final = 16
 _NUMBER_BYTES: Final = 2
 _STREAM_OVERHEAD: Final = (
@@ -36,6 +44,17 @@ _ACK_TRIGGER: Final = (
     8  # as stock code: every so many packets an ACK with gaps asks to be acknowledged
 )
 _PADDED_ACK_BYTES: Final = 4
+
+
+class _Streams(dict[int, QuicStream]):
+    """Gives every stream, on whatever path aioquic creates it, our two halves."""
+
+    def __setitem__(self, stream_id: int, stream: QuicStream) -> None:
+        if type(stream.receiver) is QuicStreamReceiver:
+            stream.receiver = SparseReceiver(stream_id, not stream.receiver.is_finished)
+        if type(stream.sender) is QuicStreamSender:
+            stream.sender = SegmentSender(stream_id, not stream.sender.is_finished)
+        super().__setitem__(stream_id, stream)
 
 
 class FastQuicConnection(BatchReceiving):
@@ -50,6 +69,7 @@ class FastQuicConnection(BatchReceiving):
         super().__init__(**kwargs)
         self._ack_delay = ACK_DELAY_S
         self._probes: list[int] = []
+        self._streams = _Streams()
         self._host: Any = None
         """The peer's IP address: another one is another path, another port is not (RFC 9000 section 9.4)."""
         stock = self._loss
@@ -207,6 +227,7 @@ class FastQuicConnection(BatchReceiving):
     ) -> list[tuple[bytes, Any]]:
         """Packets for ``chunks`` of a stream's bytes, booked as sent."""
         send, sender = pair.send, stream.sender
+        assert isinstance(sender, SegmentSender)
         assert send.aead is not None
         assert send.hp is not None
         encrypt, iv = send.aead._aead.encrypt, send.aead._iv
@@ -216,53 +237,51 @@ class FastQuicConnection(BatchReceiving):
         overhead = len(start_of_header) + _NUMBER_BYTES + _TAG_BYTES + _STREAM_OVERHEAD
         overhead += len(stream_id)
         frame, last_frame = b"\x0e" + stream_id, b"\x0f" + stream_id
-        final, base, highest = sender._buffer_fin, sender._buffer_start, sender.highest_offset
+        final, highest = sender._buffer_fin, sender.highest_offset
         number = first_number = self._packet_number
         sent: dict[int, Any] = space.sent_packets
         on_packet_sent: Any = self.controller.on_packet_sent
         bodies: list[bytes] = []
-        total = 0
-        with memoryview(sender._buffer) as buffer:
-            for start, stop in chunks:
-                is_final = stop == final
-                plain = (
+        total = base = limit = 0
+        segment = memoryview(b"")
+        for start, stop in chunks:
+            if stop > limit or start < base:
+                segment, base, limit = sender.around(start, stop)
+            is_final = stop == final
+            bodies.append(
+                encrypt(
+                    (iv ^ number).to_bytes(12, "big"),
                     (last_frame if is_final else frame)
-                    + (start | 0xC000000000000000).to_bytes(8, "big")
-                    + (stop - start | 0x4000).to_bytes(2, "big")
-                    + buffer[start - base : stop - base]
+                    + _PACK_PLACE(start | _EIGHT_BYTES, stop - start | _TWO_BYTES)
+                    + segment[start - base : stop - base],
+                    start_of_header + (number & 0xFFFF).to_bytes(2, "big"),
                 )
-                bodies.append(
-                    encrypt(
-                        (iv ^ number).to_bytes(12, "big"),
-                        plain,
-                        start_of_header + (number & 0xFFFF).to_bytes(2, "big"),
-                    )
-                )
-                length = overhead + stop - start
-                packet = SentStream(number, now, length, sender, start, stop, is_final)
-                sent[number] = packet
-                on_packet_sent(packet=packet)
-                total += length
-                number += 1
-                if start < highest:
-                    self.resent_bytes += stop - start
-                if is_final:
-                    sender._pending_eof = False
+            )
+            length = overhead + stop - start
+            packet = SentStream(number, now, length, sender, start, stop, is_final)
+            sent[number] = packet
+            on_packet_sent(packet=packet)
+            total += length
+            number += 1
+            if start < highest:
+                self.resent_bytes += stop - start
+            if is_final:
+                sender._pending_eof = False
         mask = masks(send.hp, [body[2:18] for body in bodies])
         address = self._network_paths[0].addr
+        pack_header = struct.Struct(f">B{len(cid)}sH").pack
         datagrams: list[tuple[bytes, Any]] = []
         at, hidden = 0, first_number
         for body in bodies:
+            flags_mask, number_mask = _UNPACK_MASK(mask, at)
             datagrams.append(
                 (
-                    bytes((first ^ (mask[at] & 0x1F),))
-                    + cid
-                    + ((hidden & 0xFFFF) ^ (mask[at + 1] << 8 | mask[at + 2])).to_bytes(2, "big")
+                    pack_header(first ^ flags_mask & 0x1F, cid, hidden & 0xFFFF ^ number_mask)
                     + body,
                     address,
                 )
             )
-            at += 16
+            at += SAMPLE_BYTES
             hidden += 1
         self._book(space, stream, chunks, total, now)
         return datagrams
