@@ -54,6 +54,10 @@ MAX_FRAME_BYTES: Final = 64 * KIB
 UNPROVEN_WINDOW_BYTES: Final = 16 * KIB
 """All a stranger may send before it has proved which member it is."""
 UNPROVEN_TIMEOUT_S: Final = 5.0
+MAX_PATH_WINDOW_BYTES: Final = 16 * MIB
+"""Most bytes in flight on a path: a peer that acknowledges what it has not received raises the window no further."""
+MAX_PATH_RATE_BYTES_S: Final = 1_250_000_000.0
+"""Highest rate a path is believed to carry (10 Gbit/s), however early or bunched its ACKs come."""
 MAX_UNPROVEN_CONNECTIONS: Final = 32
 MAX_UNPROVEN_PER_ADDRESS: Final = 4
 RETRY_FROM_UNPROVEN: Final = 8
