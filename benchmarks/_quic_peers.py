@@ -1,8 +1,8 @@
 """The engines EdgeSync is compared with, each as a process of its own; imports nothing of EdgeSync.
 
-``python _quic_peers.py serve|fetch aioquic|qh3|tls FOLDER PORT DATAGRAM BYTES CONNECTIONS``: FOLDER holds cert.pem and
-key.pem. A server prints its port, and at the end of its input the CPU seconds since the first request; a client prints
-seconds and CPU seconds.
+``python _quic_peers.py serve|fetch ENGINE FOLDER PORT DATAGRAM BYTES CONNECTIONS`` (aioquic, qh3, guest or tls): FOLDER
+holds cert.pem and key.pem. A server prints its port, and at the end of its input the CPU seconds since the first
+request; a client prints seconds and CPU seconds. A guest is stock aioquic that asks a bare EdgeSync link.
 """
 
 import asyncio
@@ -37,8 +37,12 @@ class Clock:
 
 
 def configuration(library: str, folder: Path, datagram: int, *, client: bool) -> Any:
+    guest, library = library == "guest", "aioquic" if library == "guest" else library
     made = importlib.import_module(f"{library}.quic.configuration").QuicConfiguration(
-        is_client=client, alpn_protocols=["x"], max_data=WINDOW, max_stream_data=WINDOW
+        is_client=client,
+        alpn_protocols=["edgesync/1" if guest else "x"],
+        max_data=WINDOW,
+        max_stream_data=WINDOW,
     )
     made.max_datagram_size = datagram
     if client:
@@ -76,8 +80,9 @@ async def serve_quic(library: str, folder: Path, datagram: int) -> None:
 
 
 async def fetch_quic(
-    library: str, folder: Path, port: int, datagram: int, size: int, connections: int
+    asked: str, folder: Path, port: int, datagram: int, size: int, connections: int
 ) -> None:
+    library = "aioquic" if asked == "guest" else asked
     base = importlib.import_module(f"{library}.asyncio.protocol").QuicConnectionProtocol
     received = importlib.import_module(f"{library}.quic.events").StreamDataReceived
     connect = importlib.import_module(f"{library}.asyncio").connect
@@ -96,12 +101,13 @@ async def fetch_quic(
 
         async def fetch(self, share: int) -> None:
             stream_id = self._quic.get_next_available_stream_id()
-            self._quic.send_stream_data(stream_id, str(share).encode(), end_stream=True)
+            request = share.to_bytes(8, "big") if asked == "guest" else str(share).encode()
+            self._quic.send_stream_data(stream_id, request, end_stream=True)
             self.transmit()
             await asyncio.wait_for(self.done.wait(), 200)
             assert self.count == share
 
-    made = configuration(library, folder, datagram, client=True)
+    made = configuration(asked, folder, datagram, client=True)
     managers = [
         connect("127.0.0.1", port, configuration=made, create_protocol=Client)
         for _ in range(connections)

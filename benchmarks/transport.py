@@ -40,8 +40,12 @@ class Case:
     megabytes: int = 100
     connections: int = 1
     options: str = ""
+    receiver: str = ""
+    """The engine of the receiving side where it is another one."""
 
 
+SLOW = "rate=2430000"
+"""Payload bytes per second of a 20 Mbit/s link."""
 CASES = (
     Case("stock aioquic", "aioquic", megabytes=30),
     Case("bare, no offload", "bare", megabytes=100, options="plain"),
@@ -54,6 +58,8 @@ CASES = (
     Case("bare x 4, GSO/GRO", "bare", megabytes=120, connections=4),
     Case("stock aioquic, 8900 B", "aioquic", datagram=8900, megabytes=80),
     Case("bare, 8900 B, GSO/GRO", "bare", datagram=8900, megabytes=200),
+    Case("20 Mbit/s to stock aioquic", "bare", megabytes=12, options=SLOW, receiver="guest"),
+    Case("20 Mbit/s to bare", "bare", megabytes=12, options=SLOW),
 )
 BARS = (
     ("bare, no offload", "stock aioquic", 5.0),
@@ -126,6 +132,9 @@ async def serve_bare(datagram: int, options: str) -> None:
         size = int.from_bytes(await stream.read_exactly(8), "big")
         began.append(time.process_time())
         link.quic.set_datagram_size(datagram)
+        for option in options.split(","):
+            if option.startswith("rate="):
+                link.quic.controller.set_rate_cap(float(option[5:]))
         for _ in range(size // SLICE):
             stream.write(block)
             await stream.drain()
@@ -289,15 +298,16 @@ def certificate() -> Iterator[Path]:
 
 
 def _command(case: Case, role: str, folder: Path, port: int, size: int) -> list[str]:
-    if case.engine in {"bare", "pieces"}:
-        head = [sys.executable, "-m", "benchmarks.transport", f"_{role}_{case.engine}"]
+    engine = case.receiver if role == "fetch" and case.receiver else case.engine
+    if engine in {"bare", "pieces"}:
+        head = [sys.executable, "-m", "benchmarks.transport", f"_{role}_{engine}"]
         return [*head, *map(str, (port, case.datagram, size, case.connections)), case.options]
     python = os.environ.get("EDGESYNC_BENCH_QH3", sys.executable)
     return [
-        python if case.engine == "qh3" else sys.executable,
+        python if engine == "qh3" else sys.executable,
         str(PEERS),
         role,
-        case.engine,
+        engine,
         str(folder),
         *map(str, (port, case.datagram, size, case.connections)),
     ]
@@ -395,6 +405,13 @@ def run(repeats: int = 3, *, quick: bool = False, only: str = "") -> list[str]:
             rows.append(
                 f"CPU a datagram, {ours} / {theirs}: {mine[1] / other[1]:.2f} receiving (bar {receiving}),"
                 f" {mine[2] / other[2]:.2f} sending (bar {sending})"
+            )
+    for name in ("20 Mbit/s to stock aioquic", "20 Mbit/s to bare"):
+        if name in middle:
+            rate, receiving, sending = middle[name]
+            per_s = rate * MB / (1452 - HEADERS) / MB
+            rows.append(
+                f"{name}: {receiving * per_s:.1%} of a core receiving, {sending * per_s:.1%} sending"
             )
     seconds, mebibytes = import_cost()
     rows.append(

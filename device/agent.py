@@ -505,6 +505,7 @@ class Agent:
     def _status(self) -> Answer:
         problems = list(self._notes.values()) + self._store.problems()
         problems += self._trust_store.problems
+        problems += self._endpoint.warnings()
         if not self._trust_store.clock_is_believed():
             problems.append(
                 "the clock of this device contradicts signed time and is not used: new assignments may have to wait"

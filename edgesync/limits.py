@@ -96,6 +96,10 @@ FIRST_ANSWER_WINDOW_BYTES: Final = 512 * KIB
 """How far ahead of the reader an answer may be at first; it follows the path's bandwidth and delay from there."""
 MAX_ANSWER_WINDOW_BYTES: Final = 8 * MIB
 """Four times what 20 Mbit/s hold at 800 ms; a peer that leaves gaps makes us hold as much, within the budget."""
+LAN_WINDOW_BYTES: Final = 2 * MIB
+"""Bytes in flight towards all peers on short paths together: more overflows a receiver's socket, not the path."""
+MIN_LAN_WINDOW_BYTES: Final = 256 * KIB
+"""A connection's part of it, however many there are: enough for 1 Gbit/s at 2 ms."""
 MAX_LEASE_PIECES: Final = 256
 MAX_MANIFESTS_PER_CONNECTION: Final = 16
 """Manifests one peer may announce bitfields for."""

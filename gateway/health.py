@@ -77,7 +77,7 @@ class Health:
             },
             "min_site_replication": self.parts.seeder.min_site_replication(),
             "lag_s": round(self.lag_s, 3),
-            "problems": sorted(self.problems.values()),
+            "problems": sorted(self.problems.values()) + self.parts.endpoint.warnings(),
         }
 
     def livez(self) -> http.Response:

@@ -42,6 +42,7 @@ from edgesync.transport.connection import (
     answer_joined_fetch,
     surviving,
 )
+from edgesync.transport.engine import transport_warnings
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link, LinkOwner, Stream
 from edgesync.transport.quic import client_configuration, server_configuration
@@ -190,6 +191,10 @@ class Endpoint:
             bytes_out=socket.bytes_out,
             budget_used=self.budget.used,
         )
+
+    def warnings(self) -> list[str]:
+        """What slows this endpoint and the operator could mend, one sentence each."""
+        return [*transport_warnings(), *self.switchboard.socket.warnings()]
 
     # --- dialing
 

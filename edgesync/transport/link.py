@@ -46,6 +46,10 @@ log = logging.getLogger(__name__)
 MIN_TIMER_S: Final = 0.001
 PROMPT_ACK_PACKETS: Final = 8
 """Packets that are acknowledged at once; fewer wait for the delay an ACK may have."""
+MAX_ACK_THINNING: Final = 4
+"""With so many links, or more, at a time each acknowledges that much more rarely."""
+SHORT_PATH_RTT_S: Final = 0.005
+"""Below, what limits a transfer is the receiver's socket, and windows are capped."""
 MAX_BURSTS: Final = 8
 """Calls to the engine before the loop looks at what arrived."""
 _NO_APPLICATION_PROTOCOL: Final = QuicErrorCode.CRYPTO_ERROR + 120
@@ -386,6 +390,7 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._consumed = 0
         self._tuner = WindowTuner()
+        self._window_cap = 0
         self._window = limits.UNPROVEN_WINDOW_BYTES
         self._base = limits.UNPROVEN_WINDOW_BYTES
         self._timer: asyncio.TimerHandle | None = None
@@ -432,7 +437,15 @@ class Link:
 
     def starts_draining(self, stream: Stream) -> None:
         self.draining.add(stream)
-        self._switchboard.sending[self] = None
+        sending = self._switchboard.sending
+        sending[self] = None
+        share = max(limits.LAN_WINDOW_BYTES // len(sending), limits.MIN_LAN_WINDOW_BYTES)
+        self._cap_window(share if self.quic.min_rtt() < SHORT_PATH_RTT_S else 0)
+
+    def _cap_window(self, size: int) -> None:
+        if size != self._window_cap:
+            self._window_cap = size
+            self.quic.controller.set_window_cap(size)
 
     def ends_draining(self, stream: Stream) -> None:
         self.draining.discard(stream)
@@ -507,11 +520,15 @@ class Link:
     def transmit_soon(self) -> None:
         self._switchboard.mark(self)
 
-    def settle(self, now: float) -> None:
-        """After a batch: act on what arrived. Sending follows, once the tasks this wakes have run."""
+    def settle(self, now: float, batch_links: int = 1) -> None:
+        """After a batch: act on what arrived. Sending follows, once the tasks this wakes have run.
+
+        Where datagrams of ``batch_links`` links came together, each acknowledges less often.
+        """
         if self.error is not None:
             return
-        self.quic.acknowledge_soon(now, PROMPT_ACK_PACKETS)
+        crowd = min(batch_links, MAX_ACK_THINNING)
+        self.quic.acknowledge_soon(now, PROMPT_ACK_PACKETS * crowd)
         self._process_events()
         if self.draining:
             for stream in tuple(self.draining):

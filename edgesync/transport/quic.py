@@ -41,6 +41,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edgesync import limits
+from edgesync.transport import ciphers
 from edgesync.transport.congestion.base import CongestionController
 from edgesync.transport.congestion.choice import create_controller
 from edgesync.wire.messages import ALPN, ALPN_JOIN
@@ -73,6 +74,7 @@ def client_configuration(*, alpn: str, idle_timeout_s: float) -> QuicConfigurati
         max_data=limits.UNPROVEN_WINDOW_BYTES,
         max_stream_data=limits.UNPROVEN_WINDOW_BYTES,
         verify_mode=ssl.CERT_NONE,
+        cipher_suites=ciphers.offered(),
     )
 
 
@@ -91,6 +93,7 @@ def server_configuration(
         max_datagram_size=DATAGRAM_BYTES,
         max_data=limits.UNPROVEN_WINDOW_BYTES,
         max_stream_data=limits.UNPROVEN_WINDOW_BYTES,
+        cipher_suites=ciphers.preferred(),
         certificate=certificate,
         private_key=private_key,
     )
@@ -264,6 +267,10 @@ class BoundedQuicConnection(QuicConnection):
 
     def smoothed_rtt(self) -> float:
         return self._loss._rtt_smoothed  # noqa: SLF001
+
+    def min_rtt(self) -> float:
+        """Least round-trip time seen, in seconds; infinite before the first sample."""
+        return self._loss._rtt_min  # noqa: SLF001
 
     def congestion_window(self) -> int:
         """Bytes that may be in flight now."""

@@ -195,7 +195,7 @@ class Switchboard:
         touched, self._touched = self._touched, {}
         now = self._loop.time()
         for link in touched:
-            link.settle(now)
+            link.settle(now, len(touched))
             if link.error is None:
                 self.mark(link)
 
