@@ -520,7 +520,7 @@ class Download:
     def _gateway_target_bytes(self) -> int:
         least = 2 * MIN_ASKED_PIECES * self._average
         target = self._gateway.target_bytes(
-            self._average, horizon_s=GATEWAY_HORIZON_S, most=MAX_GATEWAY_BYTES
+            self._average, horizon_s=GATEWAY_HORIZON_S, questions=2, most=MAX_GATEWAY_BYTES
         )
         return max(least, target)
 

@@ -15,8 +15,9 @@ RATE_WINDOW_S: Final = 2.0
 """Time constant of the goodput average."""
 HORIZON_S: Final = 0.5
 """A peer is asked for what it delivers in this time besides its response time: a killed one holds up little."""
-RESPONSES: Final = 2.0
-"""Half of what is outstanding must outlast the wait for the answer to the next question."""
+RESPONSES: Final = 3.0
+"""A source is asked again when half of what it was asked for is here: the other half must outlast the answer, and a
+quarter more, or the goodput measured from it would shrink the next question."""
 MAX_RESPONSE_S: Final = 5.0
 FIRST_LONG_RATE_BYTES_S: Final = 1_000_000.0
 """Assumed of a source that takes long to answer and has not delivered yet: a long path is filled in few questions."""
@@ -91,11 +92,19 @@ class Source:
         self.response_s = min(self.response_s, seconds) if self.response_s else seconds
 
     def target_bytes(
-        self, piece_bytes: int, *, horizon_s: float = HORIZON_S, most: int = MAX_ASKED_BYTES
+        self,
+        piece_bytes: int,
+        *,
+        horizon_s: float = HORIZON_S,
+        questions: int = 1,
+        most: int = MAX_ASKED_BYTES,
     ) -> int:
-        """How much to have outstanding; ``piece_bytes`` is the average piece."""
+        """How much to have outstanding.
+
+        ``piece_bytes`` is the average piece; ``questions`` follow one another until a piece comes.
+        """
         least = MIN_ASKED_PIECES * piece_bytes
-        wait = RESPONSES * self.response_s
+        wait = RESPONSES * questions * self.response_s
         promised = self.rate_bytes_s * (horizon_s + wait)
         if not self.rate_bytes_s:
             promised = FIRST_LONG_RATE_BYTES_S * wait
