@@ -87,9 +87,9 @@ QUIC_IDLE_TIMEOUT_S: Final = 30.0
 STALL_TIMEOUT_S: Final = 15.0
 """A stream on which nothing moves for so long is given up; anything that moves starts it again."""
 SEND_BACKLOG_BYTES: Final = 256 * KIB
-"""Unacknowledged bytes a stream's writer may always leave before it waits, besides the piece it is writing."""
+"""Bytes not sent yet that a stream's writer may leave before it waits, besides the piece it is writing."""
 MAX_SEND_AHEAD_BYTES: Final = 8 * MIB
-"""The same on a path that carries more: a peer that acknowledges what it never read must not make us buffer more."""
+"""Bytes of a stream that may be kept for want of an acknowledgement: a peer that withholds it costs no more."""
 TOTAL_SEND_AHEAD_BYTES: Final = 64 * MIB
 """The same over all connections, shared by those that send: a gateway with a thousand devices stays small."""
 FIRST_ANSWER_WINDOW_BYTES: Final = 512 * KIB

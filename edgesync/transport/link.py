@@ -103,7 +103,7 @@ class Stream:
     def follow_path(self) -> None:
         """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least."""
         self.follows_path = True
-        self.widen_to(self._link.answer_window)
+        self.widen_to(self._link.first_answer_window())
 
     def widen_to(self, window: int) -> None:
         extra = window - self._window
@@ -225,11 +225,11 @@ class Stream:
         low_water: int | None = None,
         stall_s: float = limits.STALL_TIMEOUT_S,
     ) -> None:
-        """Wait until at most ``low_water`` bytes (None: as many as fill the path) are unacknowledged.
+        """Wait until at most ``low_water`` bytes are unacknowledged; None: until there is room for another piece.
 
         Raises PeerTimeoutError: nothing moved.
         """
-        while self.backlog > (self._link.send_ahead if low_water is None else low_water):
+        while not self._has_room(low_water):
             if self._error is not None:
                 raise self._error
             if self._writer is not None:
@@ -256,9 +256,16 @@ class Stream:
         waiter = self._writer
         if waiter is None or waiter.done():
             return
-        least = self._link.send_ahead if self._low_water is None else self._low_water
-        if self.backlog <= least:
+        if self._has_room(self._low_water):
             waiter.set_result(None)
+
+    def _has_room(self, low_water: int | None) -> bool:
+        if low_water is not None:
+            return self.backlog <= low_water
+        # Not by what is unacknowledged alone: one lost packet would stop the writer until it arrived after all.
+        sender = self._quic_stream.sender
+        unsent = sender._buffer_stop - sender.highest_offset  # noqa: SLF001
+        return unsent <= limits.SEND_BACKLOG_BYTES and self.backlog <= self._link.send_ahead
 
     # --- ending
 
@@ -423,17 +430,15 @@ class Link:
         self._base = window
         self.consumed(0)
 
-    @property
-    def answer_window(self) -> int:
-        """How far ahead of its reader an answer on this path should be."""
-        return self._tuner.window
+    def first_answer_window(self) -> int:
+        """How far ahead of its reader a new answer on this path should be."""
+        return self._tuner.begin(rtt=self.quic.smoothed_rtt())
 
     @property
     def send_ahead(self) -> int:
-        """Unacknowledged bytes a writer may leave: what fills the path, and at least ``SEND_BACKLOG_BYTES``."""
+        """Bytes a writer may have sent and not seen acknowledged."""
         share = limits.TOTAL_SEND_AHEAD_BYTES // max(1, len(self._switchboard.sending))
-        window = min(self.quic.congestion_window(), limits.MAX_SEND_AHEAD_BYTES, share)
-        return max(limits.SEND_BACKLOG_BYTES, window)
+        return max(limits.SEND_BACKLOG_BYTES, min(limits.MAX_SEND_AHEAD_BYTES, share))
 
     def starts_draining(self, stream: Stream) -> None:
         self.draining.add(stream)
@@ -530,9 +535,11 @@ class Link:
         crowd = min(batch_links, MAX_ACK_THINNING)
         self.quic.acknowledge_soon(now, PROMPT_ACK_PACKETS * crowd)
         self._process_events()
-        if self.draining:
-            for stream in tuple(self.draining):
-                stream.check_drained()
+        self._wake_writers()
+
+    def _wake_writers(self) -> None:
+        for stream in tuple(self.draining):
+            stream.check_drained()
 
     def transmit(self, now: float) -> None:
         if self.error is not None:
@@ -552,6 +559,7 @@ class Link:
             now = self.loop.time()
         else:
             self.transmit_soon()  # what came in meanwhile goes first
+        self._wake_writers()
         if self.quic.closing():
             self._closed_by_quic()
             return

@@ -14,6 +14,11 @@ ROUND_TRIPS: Final = 4.0
 three, and the sender must not be stopped meanwhile."""
 
 
+FIRST_RATE_BYTES_S: Final = 1_000_000.0
+"""Assumed of a long path before anything was measured: its sender's window doubles each round trip, and ours must not
+be what stops it."""
+
+
 class WindowTuner:
     """One connection's answer window in bytes; it never shrinks."""
 
@@ -22,17 +27,23 @@ class WindowTuner:
         self._counted = 0
         self._since: float | None = None
 
+    def begin(self, *, rtt: float) -> int:
+        """The window for a new answer on a path of ``rtt`` seconds."""
+        first = int(FIRST_RATE_BYTES_S * ROUND_TRIPS * rtt)
+        self.window = max(self.window, min(first, limits.MAX_ANSWER_WINDOW_BYTES))
+        return self.window
+
     def consumed(self, size: int, *, now: float, rtt: float) -> bool:
         """Count bytes the reader took; True when the window grew. ``rtt`` in seconds, 0.0 while unknown."""
         if self._since is None:
             self._since = now
         self._counted += size
-        if self._counted < self.window:
+        if 2 * self._counted < self.window:
             return False
         elapsed = now - self._since
         self._counted = 0
         self._since = now
-        if elapsed > ROUND_TRIPS * rtt or self.window >= limits.MAX_ANSWER_WINDOW_BYTES:
+        if 2 * elapsed > ROUND_TRIPS * rtt or self.window >= limits.MAX_ANSWER_WINDOW_BYTES:
             return False
         self.window = min(2 * self.window, limits.MAX_ANSWER_WINDOW_BYTES)
         return True

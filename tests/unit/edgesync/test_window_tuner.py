@@ -33,8 +33,15 @@ def test_the_window_has_a_ceiling() -> None:
     assert read_at(1e9, rtt=5.0, seconds=10).window == limits.MAX_ANSWER_WINDOW_BYTES
 
 
+def test_a_long_path_starts_wide() -> None:
+    tuner = WindowTuner()
+    assert tuner.begin(rtt=0.6) > 3 * limits.FIRST_ANSWER_WINDOW_BYTES
+    assert tuner.begin(rtt=100.0) == limits.MAX_ANSWER_WINDOW_BYTES
+    assert WindowTuner().begin(rtt=0.01) == limits.FIRST_ANSWER_WINDOW_BYTES
+
+
 def test_an_idle_hour_is_no_reason_to_grow() -> None:
     tuner = WindowTuner()
-    tuner.consumed(tuner.window - 1, now=1.0, rtt=0.1)
+    tuner.consumed(tuner.window // 2 - 1, now=1.0, rtt=0.1)
     assert not tuner.consumed(1, now=3_601.0, rtt=0.1)
     assert tuner.window == limits.FIRST_ANSWER_WINDOW_BYTES
