@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime as dt
 import hashlib
 import importlib
 import ssl
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgesync.errors import ErrorCode, TransportError
 from edgesync.identity import Identity, self_signed
@@ -88,19 +91,32 @@ class Doorman:
         self.board.proven(link)
 
 
+def _plain_certificate() -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """qh3's client does not accept Ed25519."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    builder = builder.public_key(key.public_key()).serial_number(1)
+    builder = builder.not_valid_before(dt.datetime(2020, 1, 1, tzinfo=dt.UTC))
+    builder = builder.not_valid_after(dt.datetime(9999, 1, 1, tzinfo=dt.UTC))
+    return builder.sign(key, hashes.SHA256()), key
+
+
 @pytest.fixture
 async def doorman() -> AsyncIterator[Doorman]:
     doorman = Doorman()
     assert IDENTITY.certificate is not None
+    configured = server_configuration(
+        certificate=IDENTITY.certificate,
+        private_key=IDENTITY.private_key,
+        idle_timeout_s=30,
+        joins=False,
+    )
+    configured.certificate, configured.private_key = _plain_certificate()
     doorman.board = Switchboard(
         "127.0.0.1",
         0,
-        server=server_configuration(
-            certificate=IDENTITY.certificate,
-            private_key=IDENTITY.private_key,
-            idle_timeout_s=30,
-            joins=False,
-        ),
+        server=configured,
         doorman=doorman,
         budget=Budget(),
     )
