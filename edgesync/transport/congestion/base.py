@@ -8,7 +8,7 @@ What is noted with a packet as it leaves stands in ``packet.cc``: a plain attrib
 """
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -44,6 +44,16 @@ class CongestionController(QuicCongestionControl):
         self.max_datagram_size = max_datagram_size
         self.rate_cap_bytes_s = 0.0
         self.window_cap_bytes = 0
+
+    def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
+        """Packets that leave together; the engine calls it once where aioquic calls ``on_packet_sent`` for each."""
+        for packet in packets:
+            self.on_packet_sent(packet=packet)
+
+    def on_burst_acked(self, packets: Sequence[QuicSentPacket], now: float) -> None:
+        """Packets that one ACK frame acknowledges; called once where aioquic calls ``on_packet_acked`` for each."""
+        for packet in packets:
+            self.on_packet_acked(now=now, packet=packet)
 
     @abc.abstractmethod
     def on_ack_end(self, now: float) -> None:
@@ -101,10 +111,21 @@ class AdaptedController(CongestionController):
         self._inner.on_packet_sent(packet=packet)
         self._mirror()
 
+    def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
+        on_packet_sent = self._inner.on_packet_sent
+        for packet in packets:
+            on_packet_sent(packet=packet)
+        self._mirror()
+
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+        self.on_burst_acked((packet,), now)
+
+    def on_burst_acked(self, packets: Sequence[QuicSentPacket], now: float) -> None:
         window = self._inner.congestion_window
         cap = self.window_cap_bytes
-        self._inner.on_packet_acked(now=now, packet=packet)
+        on_packet_acked = self._inner.on_packet_acked
+        for packet in packets:
+            on_packet_acked(now=now, packet=packet)
         if cap and self._inner.congestion_window > max(window, cap):
             self._inner.congestion_window = max(cap, window)  # growth past the cap was never tested
         self._mirror()

@@ -5,7 +5,6 @@ and one transmission can be held to one datagram without touching the congestion
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from aioquic.quic.packet import QuicPacketType
@@ -14,6 +13,8 @@ from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 from aioquic.quic.stream import QuicStreamSender
 from aioquic.tls import Epoch
+
+from edgesync.transport.congestion.base import CongestionController
 
 PROBE_INTERVAL_S: Final = 1.0
 """Longest pause between probes of a silent peer: doubling would sleep for seconds after an outage is over."""
@@ -108,8 +109,8 @@ class FastRecovery(QuicPacketRecovery):
 
     held_to: int | None = None
     """While set, no more than so many bytes are let out beyond those in flight."""
-    ack_ended: Callable[[float], None] | None = None
-    """Told the time after each ACK frame that acknowledged something, once its losses are counted."""
+    controller: CongestionController
+    """The same object as aioquic's ``_cc``."""
 
     @property
     def congestion_window(self) -> int:
@@ -130,8 +131,8 @@ class FastRecovery(QuicPacketRecovery):
         largest_acked = ack_rangeset.bounds().stop - 1
         space.largest_acked_packet = max(space.largest_acked_packet, largest_acked)
         sent: dict[int, Any] = space.sent_packets
-        on_packet_acked: Any = self._cc.on_packet_acked
         packet: Any = None
+        flown: list[Any] = []
         sender: QuicStreamSender | None = None
         start = stop = eliciting = 0
         numbers = list(sent)
@@ -142,12 +143,12 @@ class FastRecovery(QuicPacketRecovery):
                 if type(packet) is not SentStream or packet.fin:
                     eliciting += packet.is_ack_eliciting
                     if packet.in_flight:
-                        on_packet_acked(packet=packet, now=now)
+                        flown.append(packet)
                     for handler, arguments in packet.delivery_handlers:
                         handler(_ACKED, *arguments)
                     continue
                 eliciting += 1
-                on_packet_acked(packet=packet, now=now)
+                flown.append(packet)
                 if packet.sender is not sender or packet.start != stop:
                     if sender is not None:
                         sender.on_data_delivery(_ACKED, start, stop, False)
@@ -157,14 +158,15 @@ class FastRecovery(QuicPacketRecovery):
             sender.on_data_delivery(_ACKED, start, stop, False)
         if packet is None:
             return
+        if flown:
+            self.controller.on_burst_acked(flown, now)
         space.ack_eliciting_in_flight -= eliciting
         if packet.packet_number == largest_acked and eliciting:
             self._sample_rtt(now - packet.sent_time, min(ack_delay, self.max_ack_delay), now)
         self._detect_loss(now=now, space=space)
         if self.peer_completed_address_validation:
             self._pto_count = 0
-        if self.ack_ended is not None:
-            self.ack_ended(now)
+        self.controller.on_ack_end(now)
 
     def _sample_rtt(self, rtt: float, ack_delay: float, now: float) -> None:
         """RFC 9002 section 5.3, with aioquic's floor of a millisecond."""

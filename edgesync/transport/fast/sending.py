@@ -88,7 +88,7 @@ class FastQuicConnection(BatchReceiving):
     def use_controller(self, controller: CongestionController) -> None:
         super().use_controller(controller)
         if isinstance(self._loss, FastRecovery):
-            self._loss.ack_ended = controller.on_ack_end
+            self._loss.controller = controller
 
     # --- path probes
 
@@ -240,7 +240,7 @@ class FastQuicConnection(BatchReceiving):
         final, highest = sender._buffer_fin, sender.highest_offset
         number = first_number = self._packet_number
         sent: dict[int, Any] = space.sent_packets
-        on_packet_sent: Any = self.controller.on_packet_sent
+        packets: list[Any] = []
         bodies: list[bytes] = []
         total = base = limit = 0
         segment = memoryview(b"")
@@ -260,13 +260,14 @@ class FastQuicConnection(BatchReceiving):
             length = overhead + stop - start
             packet = SentStream(number, now, length, sender, start, stop, is_final)
             sent[number] = packet
-            on_packet_sent(packet=packet)
+            packets.append(packet)
             total += length
             number += 1
             if start < highest:
                 self.resent_bytes += stop - start
             if is_final:
                 sender._pending_eof = False
+        self.controller.on_burst_sent(packets)
         mask = masks(send.hp, [body[2:18] for body in bodies])
         address = self._network_paths[0].addr
         pack_header = struct.Struct(f">B{len(cid)}sH").pack

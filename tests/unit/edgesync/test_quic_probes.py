@@ -11,7 +11,9 @@ from tests.differential import Play, Story, tell
 SIZES = (1200, 1280, 1452, 8900)
 
 
-def settled_pair(window: int = 400_000) -> tuple[Play, FastQuicConnection, FastQuicConnection]:
+def settled_pair(
+    window: int = 400_000, **changes: Any
+) -> tuple[Play, FastQuicConnection, FastQuicConnection]:
     story = tell(0)
     quiet = Story(
         **{
@@ -25,6 +27,7 @@ def settled_pair(window: int = 400_000) -> tuple[Play, FastQuicConnection, FastQ
             "key_updates": {},
             "rebind_at": None,
             "change_id_at": None,
+            **changes,
         }
     )
     play = Play(quiet, ("fast", "fast"))
