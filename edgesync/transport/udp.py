@@ -40,6 +40,9 @@ _UDP_GRO: Final = 104
 _REFUSES_SEGMENTS: Final = {errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP}
 _MAX_STRIKES: Final = 8
 _ANCILLARY_BYTES: Final = 64
+_SO_MEMINFO: Final = 55
+_MEMINFO: Final = struct.Struct("=9I")
+"""Linux, ``enum sk_meminfo`` up to its drops."""
 _IP_RECVERR: Final = 11
 _IPV6_RECVERR: Final = 25
 _SO_EE_ORIGINS_ICMP: Final = (2, 3)
@@ -91,15 +94,26 @@ class UdpSocket:
     def family(self) -> int:
         return self._sock.family
 
+    def lost_in_kernel(self) -> int:
+        """Datagrams the kernel dropped because its buffer was full; 0 where it does not tell."""
+        if self._sock.fileno() < 0:
+            return 0
+        try:
+            facts = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        except OSError:
+            return 0
+        return int(_MEMINFO.unpack(facts)[-1]) if len(facts) == _MEMINFO.size else 0
+
     def warnings(self) -> list[str]:
         """What the operator could mend, one sentence each."""
-        if self.receive_buffer >= SOCKET_BUFFER_BYTES:
+        lost = self.lost_in_kernel()
+        if not lost or self.receive_buffer >= SOCKET_BUFFER_BYTES:
             return []
         return [
             (
-                f"the kernel gives the QUIC socket {self.receive_buffer // 1024} KiB of receive buffer"
-                f" instead of {SOCKET_BUFFER_BYTES // 1024}: fast senders will lose packets;"
-                f" set net.core.rmem_max to {SOCKET_BUFFER_BYTES}"
+                f"the kernel dropped {lost} datagrams, since it gives the QUIC socket only"
+                f" {self.receive_buffer // 1024} KiB of receive buffer: set net.core.rmem_max to"
+                f" {SOCKET_BUFFER_BYTES} and restart"
             )
         ]
 

@@ -177,11 +177,12 @@ class FastQuicConnection(BatchReceiving):
         room = (
             controller.congestion_window - controller.bytes_in_flight
         ) // self._max_datagram_size
-        if room < 1:
-            return []
         if stream is None:
-            controller.on_app_limited()
+            if room > 0:
+                controller.on_app_limited()
             return []
+        if room < 1:  # a window smaller than a datagram must still let something go
+            return [] if controller.bytes_in_flight else self._one_datagram(now)
         pacer = controller.pacer
         self._pacing_at = pacer.next_send(now, room)
         if self._pacing_at is not None:

@@ -111,6 +111,15 @@ def test_the_size_changes_in_mid_transfer() -> None:
     del client
 
 
+def test_a_window_smaller_than_a_datagram_is_no_dead_end() -> None:
+    play, _, server = settled_pair()
+    server.set_datagram_size(8900)
+    server.controller.set_window_cap(2400)
+    server.send_stream_data(1, bytes(50_000), end_stream=True)
+    advance(play, lambda: ("client", 1) in play.read and play.read["client", 1].end == "fin")
+    assert play.read["client", 1].count == 50_000
+
+
 def test_a_silent_peer_is_probed_every_second() -> None:
     play, client, _ = settled_pair()
     client.send_stream_data(0, b"x" * 1000)
