@@ -168,7 +168,7 @@ class Swarm:
         self._update_wants()
         if self._gateway is not None:
             self._gateway.tell(self._bitfield(digest, durable=True))
-            transfer.feed(e.GatewayUp())
+            transfer.feed(e.GatewayUp(self._gateway.conn.rtt))
         for link in self._links.values():
             self._introduce(link, transfer)
             if digest in link.they_want:
@@ -509,7 +509,7 @@ class Swarm:
         for digest in (*self._transfers, *held[: max(0, room)]):
             self._gateway.tell(self._bitfield(digest, durable=True))
         for transfer in list(self._transfers.values()):
-            transfer.feed(e.GatewayUp())
+            transfer.feed(e.GatewayUp(conn.rtt))
         self._changed.set()
 
     async def disconnected(self, conn: PeerConnection, error: EdgeSyncError) -> None:

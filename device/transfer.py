@@ -205,7 +205,9 @@ class Transfer:
             self._reject(source, piece, exc)
             return
         self._uploads.remember(self.digest, piece, answer.encoding, answer.data)
-        self.feed(e.PieceArrived(source, piece, carried))
+        conn = self._around.source(source)
+        rtt_s = conn.rtt if conn is not None else 0.0
+        self.feed(e.PieceArrived(source, piece, carried, rtt_s))
 
     def _written_late(
         self, source: PeerKey, piece: int, carried: int, done: "asyncio.Future[None]"

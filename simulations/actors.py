@@ -201,7 +201,7 @@ class Device:
 
     def gateway_back(self) -> None:
         self._gateway.connected(self)
-        self.feed(d.GatewayUp())
+        self.feed(d.GatewayUp(self._network.rtt_s(d.GATEWAY, self.key)))
 
     def gateway_lost(self) -> None:
         self.feed(d.GatewayDown())
@@ -319,7 +319,8 @@ class Device:
                 self.flush()
             elif self._flush_at is None:
                 self._flush_at = self._kernel.after(limits.FLUSH_INTERVAL_S, self.flush)
-        self.feed(d.PieceArrived(source, piece, carried))
+        rtt_s = self._network.rtt_s(source, self.key)
+        self.feed(d.PieceArrived(source, piece, carried, rtt_s))
 
     def flush(self) -> None:
         if self._flush_at is not None:

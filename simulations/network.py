@@ -58,6 +58,10 @@ class Network:
     def bytes_sent(self, name: str) -> int:
         return self._ports[name].bytes_sent
 
+    def rtt_s(self, one: str, other: str) -> float:
+        """Without queues and loss."""
+        return 2 * (self._ports[one].link.delay_s + self._ports[other].link.delay_s)
+
     def waiting(self, sender: str, receiver: str) -> int:
         """Messages queued at the sender's uplink for this receiver."""
         return len(self._ports[sender].queues.get(receiver, ()))

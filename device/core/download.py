@@ -178,7 +178,8 @@ class Download:
     def handle(self, event: DownloadEvent, *, now: float) -> list[DownloadEffect]:
         effects: list[DownloadEffect] = []
         match event:
-            case GatewayUp():
+            case GatewayUp(rtt_s):
+                self._gateway.rtt_s = rtt_s
                 self._gateway_up = True
                 self._gateway_changed_at = now
                 self._lease_asked_at = None
@@ -230,8 +231,6 @@ class Download:
         return effects
 
     def _on_lease(self, lease: LeaseReceived, effects: list[DownloadEffect], *, now: float) -> None:
-        if self._lease_asked_at is not None:
-            self._gateway.responded(now - self._lease_asked_at)
         self._lease_asked_at = None
         self._lease_silences = 0
         begged, self._begged = self._begged, 0
@@ -285,7 +284,7 @@ class Download:
     ) -> None:
         source = self.ranker.get(event.source)
         if source is not None and source.settled(event.piece):
-            source.delivered(self._lengths[event.piece], now=now)
+            source.delivered(self._lengths[event.piece], now=now, rtt_s=event.rtt_s)
         if event.source != GATEWAY:
             self._note_bytes(self._lengths[event.piece], now=now)
         if not self.picker.is_missing(event.piece):

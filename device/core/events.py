@@ -23,6 +23,8 @@ FailureReason = Literal["gone", "not_held", "refused", "busy", "bad_hash", "brok
 class GatewayUp:
     """A session with the gateway is open."""
 
+    rtt_s: float = 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayDown:
@@ -89,6 +91,8 @@ class PieceArrived:
     source: PeerKey
     piece: int
     carried_bytes: int
+    rtt_s: float = 0.0
+    """Of the source's path now; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,18 @@ from edgesync.ids import PeerKey
 RATE_WINDOW_S: Final = 2.0
 """Time constant of the goodput average."""
 HORIZON_S: Final = 0.5
-"""A peer is asked for what it delivers in this time besides its response time: a killed one holds up little."""
-RESPONSES: Final = 3.0
-"""A source is asked again when half of what it was asked for is here: the other half must outlast the answer, and a
-quarter more, or the goodput measured from it would shrink the next question."""
-MAX_RESPONSE_S: Final = 5.0
+"""A peer is asked for what it delivers in this time besides its round trips: a killed one holds up little."""
+ROUND_TRIPS: Final = 3.0
+"""A source is asked again when half of what it was asked for is here: the other half must outlast the answer, and half
+as much more, or the goodput measured from it would shrink the next question."""
+MAX_DRY: Final = 8.0
+DRY_DECAY: Final = 0.998
+"""A piece: what ran dry once is asked for more over the next thousand pieces."""
+LONG_RTT_S: Final = 0.05
+"""On shorter paths running dry costs less than a killed peer that was asked for much."""
+MAX_RTT_S: Final = 5.0
 FIRST_LONG_RATE_BYTES_S: Final = 1_000_000.0
-"""Assumed of a source that takes long to answer and has not delivered yet: a long path is filled in few questions."""
+"""Assumed of a source at the end of a long path that has not delivered yet: it is filled in few questions."""
 MIN_ASKED_PIECES: Final = 4
 MAX_ASKED_BYTES: Final = 8 * limits.MIB
 MIN_STALL_S: Final = 4.0
@@ -46,22 +51,24 @@ class Source:
     outstanding_bytes: int = 0
     rate_bytes_s: float = 0.0
     progress_at: float = 0.0
-    """Last arrival, or when something was first outstanding."""
-    response_s: float = 0.0
-    """Least time from a question to the first byte of its answer, as far as it was seen."""
+    """Last arrival, or when the first answer could be here."""
+    rtt_s: float = 0.0
+    """Of the path to it, as the transport measures it; 0: not known."""
+    dry: float = 1.0
+    """By how much its goodput is multiplied for having run dry while it was asked again."""
     bad_hashes: int = 0
     lies: int = 0
     faults: int = 0
     aside_until: float | None = None
     quarantined: bool = False
-    _first_answer: bool = False
     _bytes: float = 0.0
     _seconds: float = 0.0
 
     def asked(self, piece: int, length: int, *, now: float) -> None:
         if not self.outstanding:
-            self.progress_at = now
-            self._first_answer = True
+            self.progress_at = now + self.rtt_s
+            if self.rate_bytes_s and self.rtt_s >= LONG_RTT_S:
+                self.dry = min(2 * self.dry, MAX_DRY)
         self.outstanding[piece] = length
         self.outstanding_bytes += length
 
@@ -73,23 +80,17 @@ class Source:
         self.outstanding_bytes -= length
         return True
 
-    def delivered(self, plain_bytes: int, *, now: float) -> None:
+    def delivered(self, plain_bytes: int, *, now: float, rtt_s: float = 0.0) -> None:
         """Count a piece towards the goodput; time spent waiting for nothing is not held against the source."""
         elapsed = max(now - self.progress_at, 1e-4)
         keep = math.exp(-elapsed / RATE_WINDOW_S)
         self._bytes = self._bytes * keep + plain_bytes
         self._seconds = self._seconds * keep + elapsed
         self.rate_bytes_s = self._bytes / self._seconds
-        if self._first_answer:
-            self._first_answer = False
-            self.responded(elapsed - plain_bytes / self.rate_bytes_s)
+        self.rtt_s = min(rtt_s, MAX_RTT_S)
+        self.dry = max(1.0, self.dry * DRY_DECAY)
         self.progress_at = now
         self.faults = 0
-
-    def responded(self, seconds: float) -> None:
-        """A question was answered after ``seconds``; the least counts, the rest is queueing."""
-        seconds = min(max(seconds, 0.0), MAX_RESPONSE_S)
-        self.response_s = min(self.response_s, seconds) if self.response_s else seconds
 
     def target_bytes(
         self,
@@ -104,8 +105,8 @@ class Source:
         ``piece_bytes`` is the average piece; ``questions`` follow one another until a piece comes.
         """
         least = MIN_ASKED_PIECES * piece_bytes
-        wait = RESPONSES * questions * self.response_s
-        promised = self.rate_bytes_s * (horizon_s + wait)
+        wait = ROUND_TRIPS * questions * self.rtt_s
+        promised = self.dry * self.rate_bytes_s * (horizon_s + wait)
         if not self.rate_bytes_s:
             promised = FIRST_LONG_RATE_BYTES_S * wait
         return max(least, min(int(promised), most))

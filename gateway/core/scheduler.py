@@ -501,7 +501,7 @@ class Scheduler:
             if other is member or (other.leases and now - other.progress_at < MIN_DEADLINE_S)
         )
         share = max(MIN_SHARE_PIECES, eligible.bit_count() // (2 * fetching))
-        room = min(count, share)
+        room = min(count, share) if fetching > 1 else count
         chosen = sample(eligible & ~swarm.left, room, self._rng)
         if len(chosen) < room:
             chosen += sample(eligible & swarm.left, room - len(chosen), self._rng)
