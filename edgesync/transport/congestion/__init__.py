@@ -6,7 +6,7 @@ from edgesync.transport.congestion.base import (
     CongestionStatus,
     adapt,
 )
-from edgesync.transport.congestion.choice import create_controller
+from edgesync.transport.congestion.choice import PathController, create_controller, is_near
 from edgesync.transport.congestion.pacer import Pacer, RateLimiter
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "CongestionController",
     "CongestionStatus",
     "Pacer",
+    "PathController",
     "RateLimiter",
     "adapt",
     "create_controller",
+    "is_near",
 ]

@@ -71,6 +71,13 @@ class CongestionController(QuicCongestionControl):
     def status(self) -> CongestionStatus:
         """A snapshot for an operator."""
 
+    def follow(self, before: "CongestionController", now: float) -> None:
+        """Take over a connection that ``before`` controlled: what is in flight, its caps, its window to begin with."""
+        self.bytes_in_flight = before.bytes_in_flight
+        self.congestion_window = max(self.congestion_window, before.congestion_window)
+        self.set_window_cap(before.window_cap_bytes)
+        self.set_rate_cap(before.rate_cap_bytes_s)
+
     def resize(self, max_datagram_size: int) -> None:
         """Path MTU probing found another datagram size."""
         self.max_datagram_size = max_datagram_size

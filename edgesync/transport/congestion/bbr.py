@@ -211,6 +211,14 @@ class BbrController(CongestionController):
     def on_path_change(self, now: float) -> None:
         self._begin(now)
 
+    def follow(self, before: CongestionController, now: float) -> None:
+        self._begin(now)
+        self._rate.start(now)
+        super().follow(before, now)
+        min_rtt = before.status().min_rtt_s
+        if min_rtt is not None:
+            self.on_rtt_measurement(now=now, rtt=min_rtt)
+
     def on_ack_end(self, now: float) -> None:
         sample = self._rate.sample(now)
         if sample is None:

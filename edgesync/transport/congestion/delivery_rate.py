@@ -12,8 +12,8 @@ from typing import Any, Final, cast
 
 from aioquic.quic.packet_builder import QuicSentPacket
 
-Stamp = tuple[int, float, float, int]
-"""delivered, delivered_time, first_sent_time, app_limited as a packet left."""
+Stamp = tuple[int, float, float, int, "DeliveryRate"]
+"""delivered, delivered_time, first_sent_time and app_limited as a packet left, and whose books these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class DeliveryRate:
         self._best_sent = 0.0
         self._acked = 0
 
+    def start(self, now: float) -> None:
+        """Begin the books while packets are in flight that are not in them."""
+        self._delivered_time = self._first_sent_time = now
+        self._stamp = None
+
     def on_sent(self, packet: QuicSentPacket, *, nothing_in_flight: bool) -> None:
         if nothing_in_flight:
             self._first_sent_time = self._delivered_time = float(packet.sent_time or 0.0)
@@ -53,6 +58,7 @@ class DeliveryRate:
                 self._delivered_time,
                 self._first_sent_time,
                 self._app_limited,
+                self,
             )
         cast("Any", packet).cc = self._stamp
 
@@ -62,9 +68,10 @@ class DeliveryRate:
         self._acked += size
         self._delivered_time = now
         self._stamp = None
-        # a packet that left under another controller carries no stamp, or not ours
         stamp = cast("Stamp | None", getattr(packet, "cc", None))
-        if stamp is not None and (self._best is None or stamp[0] >= self._best[0]):
+        if stamp is None or stamp[4] is not self:
+            return  # it left under another controller
+        if self._best is None or stamp[0] >= self._best[0]:
             self._best = stamp
             self._best_sent = float(packet.sent_time or 0.0)
 
@@ -90,7 +97,7 @@ class DeliveryRate:
         if best is None:
             return None
         self._best = None
-        delivered, delivered_time, first_sent_time, app_limited = best
+        delivered, delivered_time, first_sent_time, app_limited, _ = best
         self._first_sent_time = self._best_sent
         self._stamp = None
         if self._app_limited and self.delivered > self._app_limited:

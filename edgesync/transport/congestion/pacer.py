@@ -132,6 +132,8 @@ class Pacer:
     def __init__(self, *, max_datagram_size: int) -> None:
         self.datagram_bytes = max_datagram_size
         self.rate_bytes_s = 0.0
+        self.min_burst = MIN_BURST
+        """Datagrams that may leave at a wake-up even where ``BURST_S`` of the rate is less."""
         self._credit = 0.0
         self._at: float | None = None
         self._limiters: dict[RateLimiter, int] = {}
@@ -158,7 +160,7 @@ class Pacer:
         if self.rate_bytes_s <= 0.0:
             return UNPACED_BURST
         wanted = math.ceil(self.rate_bytes_s * BURST_S / self.datagram_bytes)
-        return max(MIN_BURST, min(MAX_BURST, wanted))
+        return max(self.min_burst, min(MAX_BURST, wanted))
 
     def quota(self, now: float) -> int:
         """Datagrams that may leave now. Ask only with something to send: who is refused keeps a turn in shared caps."""
@@ -237,13 +239,9 @@ class WindowPacer(Pacer):
 
     def __init__(self, *, max_datagram_size: int) -> None:
         super().__init__(max_datagram_size=max_datagram_size)
+        self.min_burst = 16  # stock's bucket
         self.cap_bytes_s = 0.0
 
     def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
         rate = self.GAIN * congestion_window / max(smoothed_rtt, 1e-6)
         self.set_rate(min(rate, self.cap_bytes_s) if self.cap_bytes_s else rate)
-
-    @property
-    def burst(self) -> int:
-        """Stock's bucket of 16, and more where that would be under ``BURST_S`` of the rate."""
-        return max(16, super().burst)
