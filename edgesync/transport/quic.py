@@ -48,7 +48,7 @@ from edgesync.wire.messages import ALPN, ALPN_JOIN
 
 DATAGRAM_BYTES: Final = 1200
 CONNECTION_ID_BYTES: Final = 8
-DEFAULT_CONTROLLER: Final = "cubic"
+DEFAULT_CONTROLLER: Final = "auto"
 """Until the path's class is known."""
 
 logging.getLogger("quic").setLevel(

@@ -25,9 +25,9 @@ GROWTH_PACKETS: Final = 2
 """Packets a round trip after slow start: a LAN's round trip is a thousandth of those Reno's one packet was made for."""
 QUEUE_S: Final = 0.025
 """Slow start ends when round trips are longer than the shortest by this: a switch's queue is full long before."""
-PACING_GAIN: Final = 2.0
+PACING_GAIN: Final = 4.0
 """The window governs; the pacer only keeps a whole window from leaving in one burst."""
-MIN_BURST: Final = 32
+MIN_BURST: Final = 64
 RTT_FLOOR_S: Final = 0.001
 
 
