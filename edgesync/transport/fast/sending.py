@@ -19,7 +19,7 @@ from aioquic.quic.stream import QuicStream, QuicStreamReceiver, QuicStreamSender
 from aioquic.tls import Epoch
 
 from edgesync.transport.congestion.base import CongestionController
-from edgesync.transport.fast.protection import SAMPLE_BYTES, masks
+from edgesync.transport.fast.protection import masks
 from edgesync.transport.fast.receiving import BatchReceiving
 from edgesync.transport.fast.recovery import FastRecovery, SentOther, SentStream
 from edgesync.transport.fast.segments import SegmentSender
@@ -30,11 +30,11 @@ BATCH_DATAGRAMS: Final = 40
 ACK_DELAY_S: Final = 0.008
 """Longest an ACK waits for company; stock code's millisecond acknowledges almost every packet of a slow link."""
 
-_PACK_PLACE: Final = struct.Struct(">QH").pack
+_PLACE: Final = struct.Struct(">QH")
 _EIGHT_BYTES: Final = 0xC000000000000000
 _TWO_BYTES: Final = 0x4000
 """Tags of variable-length integers of these lengths."""
-_UNPACK_MASK: Final = struct.Struct(">BH").unpack_from
+_UNPACK_MASKS: Final = struct.Struct(">BH13x").iter_unpack
 _TAG_BYTES: Final = 16
 _NUMBER_BYTES: Final = 2
 _STREAM_OVERHEAD: Final = (
@@ -194,10 +194,10 @@ class FastQuicConnection(BatchReceiving):
         header = 1 + len(self._peer_cid.cid) + _NUMBER_BYTES
         size = self._max_datagram_size - header - _TAG_BYTES - _STREAM_OVERHEAD - len(stream_id)
         count = min(BATCH_DATAGRAMS, room, pacer.quota(now))
-        chunks = _chunks(sender, stop, size, count)
-        if not chunks:
+        ranges = _ranges(sender, stop, size, count)
+        if not ranges:
             return self._one_datagram(now)
-        return self._seal(space, pair, stream, stream_id, chunks, now)
+        return self._seal(space, pair, stream, stream_id, ranges, size, now)
 
     def _next_stream(self) -> QuicStream | None:
         """The first in line that has something its peer lets it send; a FIN alone counts."""
@@ -223,10 +223,11 @@ class FastQuicConnection(BatchReceiving):
         pair: CryptoPair,
         stream: QuicStream,
         stream_id: bytes,
-        chunks: list[tuple[int, int]],
+        ranges: list[tuple[int, int]],
+        size: int,
         now: float,
     ) -> list[tuple[bytes, Any]]:
-        """Packets for ``chunks`` of a stream's bytes, booked as sent."""
+        """Packets of at most ``size`` bytes for ``ranges`` of a stream, booked as sent."""
         send, sender = pair.send, stream.sender
         assert isinstance(sender, SegmentSender)
         assert send.aead is not None
@@ -242,75 +243,73 @@ class FastQuicConnection(BatchReceiving):
         number = first_number = self._packet_number
         sent: dict[int, Any] = space.sent_packets
         packets: list[Any] = []
+        pack_place = _PLACE.pack
+        pack_plain = struct.Struct(f">{len(start_of_header)}sH").pack
         bodies: list[bytes] = []
-        total = base = limit = 0
+        base = limit = 0
         segment = memoryview(b"")
-        for start, stop in chunks:
-            if stop > limit or start < base:
-                segment, base, limit = sender.around(start, stop)
-            is_final = stop == final
-            bodies.append(
-                encrypt(
-                    (iv ^ number).to_bytes(12, "big"),
-                    (last_frame if is_final else frame)
-                    + _PACK_PLACE(start | _EIGHT_BYTES, stop - start | _TWO_BYTES)
-                    + segment[start - base : stop - base],
-                    start_of_header + (number & 0xFFFF).to_bytes(2, "big"),
+        for begin, end in ranges:
+            if begin < highest:
+                self.resent_bytes += end - begin
+            stop = begin
+            while stop < end:
+                start, stop = stop, min(stop + size, end)
+                if stop > limit or start < base:
+                    segment, base, limit = sender.around(start, stop)
+                is_final = stop == final
+                bodies.append(
+                    encrypt(
+                        (iv ^ number).to_bytes(12, "big"),
+                        (last_frame if is_final else frame)
+                        + pack_place(start | _EIGHT_BYTES, stop - start | _TWO_BYTES)
+                        + segment[start - base : stop - base],
+                        pack_plain(start_of_header, number & 0xFFFF),
+                    )
                 )
-            )
-            length = overhead + stop - start
-            packet = SentStream(number, now, length, sender, start, stop, is_final)
-            sent[number] = packet
-            packets.append(packet)
-            total += length
-            number += 1
-            if start < highest:
-                self.resent_bytes += stop - start
-            if is_final:
-                sender._pending_eof = False
+                packet = SentStream()
+                packet.packet_number, packet.sent_time = number, now
+                packet.sent_bytes = overhead + stop - start
+                packet.sender, packet.fin = sender, is_final
+                packet.start, packet.stop = start, stop
+                sent[number] = packet
+                packets.append(packet)
+                number += 1
+        if final is not None and ranges[-1][1] == final:
+            sender._pending_eof = False
         self.controller.on_burst_sent(packets)
         mask = masks(send.hp, [body[2:18] for body in bodies])
         address = self._network_paths[0].addr
         pack_header = struct.Struct(f">B{len(cid)}sH").pack
-        datagrams: list[tuple[bytes, Any]] = []
-        at, hidden = 0, first_number
-        for body in bodies:
-            flags_mask, number_mask = _UNPACK_MASK(mask, at)
-            datagrams.append(
-                (
-                    pack_header(first ^ flags_mask & 0x1F, cid, hidden & 0xFFFF ^ number_mask)
-                    + body,
-                    address,
-                )
+        datagrams: list[tuple[bytes, Any]] = [
+            (pack_header(first ^ high & 0x1F, cid, hidden & 0xFFFF ^ low) + body, address)
+            for hidden, body, (high, low) in zip(
+                range(first_number, number), bodies, _UNPACK_MASKS(mask), strict=True
             )
-            at += SAMPLE_BYTES
-            hidden += 1
-        self._book(space, stream, chunks, total, now)
+        ]
+        self._book(space, stream, ranges, len(packets), overhead, now)
         return datagrams
 
     def _book(
         self,
         space: QuicPacketSpace,
         stream: QuicStream,
-        chunks: list[tuple[int, int]],
-        total: int,
+        ranges: list[tuple[int, int]],
+        count: int,
+        overhead: int,
         now: float,
     ) -> None:
-        sender, count = stream.sender, len(chunks)
+        sender, total = stream.sender, count * overhead
         self._packet_number += count
         self.sent_fast += count
         space.ack_eliciting_in_flight += count
         self._loss._time_of_last_sent_ack_eliciting_packet = now
-        start, stop = chunks[0]
-        for following, end in chunks[1:]:
-            if following != stop:
-                sender._pending.subtract(start, stop)
-                start = following
-            stop = end
-        sender._pending.subtract(start, stop)
-        if stop > sender.highest_offset:
-            self._remote_max_data_used += stop - sender.highest_offset
-            sender.highest_offset = stop
+        for start, stop in ranges:
+            sender._pending.subtract(start, stop)
+            total += stop - start
+        highest = ranges[-1][1]
+        if highest > sender.highest_offset:
+            self._remote_max_data_used += highest - sender.highest_offset
+            sender.highest_offset = highest
         if len(self._streams_queue) > 1:
             self._streams_queue.remove(stream)
             self._streams_queue.append(stream)
@@ -390,15 +389,14 @@ class FastQuicConnection(BatchReceiving):
         return datagram, path.addr
 
 
-def _chunks(sender: QuicStreamSender, stop: int, size: int, count: int) -> list[tuple[int, int]]:
-    """The first ``count`` pieces of at most ``size`` bytes of what waits to be sent below offset ``stop``."""
-    chunks: list[tuple[int, int]] = []
+def _ranges(sender: QuicStreamSender, stop: int, size: int, count: int) -> list[tuple[int, int]]:
+    """What waits to be sent below offset ``stop`` and fits ``count`` packets of ``size`` bytes."""
+    ranges: list[tuple[int, int]] = []
     for pending in sender._pending:
         start, end = pending.start, min(pending.stop, stop)
-        while start < end:
-            if len(chunks) >= count:
-                return chunks
-            following = min(start + size, end)
-            chunks.append((start, following))
-            start = following
-    return chunks
+        if count <= 0 or start >= end:
+            break
+        end = min(end, start + count * size)
+        ranges.append((start, end))
+        count -= -((start - end) // size)
+    return ranges
