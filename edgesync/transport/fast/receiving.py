@@ -27,6 +27,10 @@ _NUMBER_AT: Final = 1 + CONNECTION_ID_BYTES
 _SAMPLE_AT: Final = _NUMBER_AT + 4
 _SAMPLE_END: Final = _SAMPLE_AT + SAMPLE_BYTES
 _NO_SAMPLE: Final = bytes(SAMPLE_BYTES)
+_UNPACK_HEAD: Final = struct.Struct(f">B{CONNECTION_ID_BYTES}sH").unpack_from
+_UNPACK_MASK: Final = struct.Struct(">BH").unpack_from
+_FIXED_BITS: Final = 0xDC
+"""Of the first byte: a short header, reserved bits, the key phase."""
 _UNPACK_COMMON: Final = struct.Struct(">BQH").unpack_from
 _COMMON_BYTES: Final = 12
 _EIGHT_BYTES: Final = 0xC000000000000000
@@ -83,7 +87,8 @@ class BatchReceiving(BoundedQuicConnection):
             for datagram in datagrams
         ]
         mask = masks(protection, samples)
-        decrypt, iv, phase = aead._aead.decrypt, aead._iv, recv.key_phase
+        decrypt, iv = aead._aead.decrypt, aead._iv
+        wanted = 0x40 | recv.key_phase << 2
         window = space.received_packets
         cid = self.host_cid
         streams = self._streams
@@ -101,22 +106,26 @@ class BatchReceiving(BoundedQuicConnection):
             # --- header
             plain: bytes | None = None
             number = end
-            flags = datagram[0]
-            if (
-                flags & 0xC0 == 0x40
-                and datagram[1:_NUMBER_AT] == cid
-                and len(datagram) >= _SAMPLE_END
-            ):
-                flags ^= mask[at] & 0x1F
-                if not flags & 0x18 and flags >> 2 & 1 == phase:
-                    length = (flags & 3) + 1
-                    body = _NUMBER_AT + length
-                    truncated = int.from_bytes(datagram[_NUMBER_AT:body], "big") ^ int.from_bytes(
-                        mask[at + 1 : at + 1 + length], "big"
-                    )
-                    if length != 2 or number & 0xFFFF != truncated:
+            flags = 0
+            if len(datagram) >= _SAMPLE_END:
+                flags, to, truncated = _UNPACK_HEAD(datagram)
+                high, low = _UNPACK_MASK(mask, at)
+                flags ^= high & 0x1F
+                if flags & _FIXED_BITS == wanted and to == cid:
+                    body = _NUMBER_AT + 2
+                    if flags & 3 == 1:
+                        truncated ^= low
+                        if number & 0xFFFF != truncated:
+                            number = decode_packet_number(
+                                truncated, 16, max(space.expected_packet_number, end)
+                            )
+                        plain_number = truncated.to_bytes(2, "big")
+                    else:
+                        body, plain_number = _unmask_number(datagram, flags, mask, at)
                         number = decode_packet_number(
-                            truncated, length * 8, max(space.expected_packet_number, end)
+                            int.from_bytes(plain_number, "big"),
+                            8 * len(plain_number),
+                            max(space.expected_packet_number, end),
                         )
                     if flags != prefix_flags:
                         prefix, prefix_flags = bytes((flags,)) + cid, flags
@@ -124,7 +133,7 @@ class BatchReceiving(BoundedQuicConnection):
                         plain = decrypt(
                             (iv ^ number).to_bytes(12, "big"),
                             datagram[body:],
-                            prefix + truncated.to_bytes(length, "big"),
+                            prefix + plain_number,
                         )
                     except InvalidTag:
                         plain = None
@@ -144,7 +153,8 @@ class BatchReceiving(BoundedQuicConnection):
                 if not self.settled() or self._network_paths[0].addr != address:
                     return index + 1
                 first = end = space.largest_received_packet + 1
-                cid, phase, prefix_flags = self.host_cid, recv.key_phase, -1
+                cid, prefix_flags = self.host_cid, -1
+                wanted = 0x40 | recv.key_phase << 2
                 spin_number, spin_flags = max(spin_number, self._spin_highest_pn), -1
                 aead = recv.aead
                 if aead is None:
@@ -297,6 +307,13 @@ def _record(space: QuicPacketSpace, first: int, end: int, now: float) -> None:
         window._lower = lower
         if len(received) > 4 * window._size:
             window._received = {number for number in received if number >= lower}
+
+
+def _unmask_number(datagram: bytes, flags: int, mask: bytes, at: int) -> tuple[int, bytes]:
+    """Where the payload begins, and the packet number's bytes without their mask, which begins at ``at``."""
+    end = _NUMBER_AT + (flags & 3) + 1
+    hidden = datagram[_NUMBER_AT:end]
+    return end, bytes(x ^ y for x, y in zip(hidden, mask[at + 1 :], strict=False))
 
 
 def _place(frame: bytes) -> tuple[int, int, int]:
