@@ -1,0 +1,210 @@
+"""Machines of a laboratory: network namespaces, the processes in them, and what each of those cost.
+
+Invariants: a namespace is named after the run that made it (``nl<pid>-…``), so that what a killed run left behind can
+be told from what a living one uses; a process started here is stopped with its host.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+PREFIX: Final = "nl"
+STOP_TIMEOUT_S: Final = 15.0
+_TICK_HZ: Final = os.sysconf("SC_CLK_TCK")
+
+
+class LabError(Exception):
+    """The laboratory could not do what it was asked; the sentence says what and why."""
+
+
+def run(*argv: str, stdin: str = "", timeout_s: float = 60.0) -> str:
+    """A command to its end. Raises LabError: it failed, or took too long."""
+    try:
+        done = subprocess.run(
+            argv, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except FileNotFoundError as exc:
+        raise LabError(f"`{argv[0]}` is not installed") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise LabError(f"`{' '.join(argv)}` took more than {timeout_s:.0f} s") from exc
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit {done.returncode}"]
+        raise LabError(f"`{' '.join(argv)}`: {said[0]}")
+    return done.stdout
+
+
+def need_root() -> None:
+    """Raises LabError: this process may not make namespaces."""
+    if os.geteuid() != 0:
+        raise LabError("the laboratory makes network namespaces: run it as root")
+
+
+@dataclass
+class Host:
+    """One machine: a namespace, and the address others reach it by."""
+
+    name: str
+    namespace: str
+    address: str = ""
+    interface: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    """For every command in it."""
+
+    def inside(self, argv: Sequence[str]) -> list[str]:
+        """The command, run in this host; ``ip netns exec`` becomes it, so the process id is the command's."""
+        return ["ip", "netns", "exec", self.namespace, *argv]
+
+    def call(
+        self,
+        *argv: str,
+        stdin: str = "",
+        timeout_s: float = 120.0,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
+        """Run a command to its end and return what it printed. Raises LabError."""
+        try:
+            done = subprocess.run(
+                self.inside(argv),
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                env=clean_environment() | self.environment | dict(env or {}),
+                check=False,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise LabError(
+                f"`{' '.join(argv)}` in {self.name} took more than {timeout_s:.0f} s"
+            ) from exc
+        if done.returncode != 0:
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise LabError(
+                f"`{' '.join(argv)}` in {self.name}: {(said or [f'exit {done.returncode}'])[0]}"
+            )
+        return done.stdout
+
+    def start(
+        self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None
+    ) -> "Child":
+        return Child(self, name, argv, log=log, env=env or {})
+
+    def ip(self, *arguments: str) -> str:
+        return run("ip", "-n", self.namespace, *arguments)
+
+
+def make_host(name: str, namespace: str) -> Host:
+    """A new namespace with its loopback up."""
+    run("ip", "netns", "add", namespace)
+    host = Host(name, namespace)
+    host.ip("link", "set", "lo", "up")
+    # Buffers a long fat path needs: without them TCP, not the path, is measured.
+    for key in ("tcp_rmem", "tcp_wmem"):
+        host.call("sysctl", "-qw", f"net.ipv4.{key}=4096 131072 33554432")
+    return host
+
+
+def remove_namespace(namespace: str) -> None:
+    """Kill what still runs in it and delete it; nothing happens if it is gone."""
+    with contextlib.suppress(LabError):
+        for pid in run("ip", "netns", "pids", namespace).split():
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+        run("ip", "netns", "del", namespace)
+
+
+def remove_left_behind(*, everything: bool = False) -> list[str]:
+    """Delete namespaces of runs that are no more; ``everything``: of living ones too. Returns their names."""
+    removed = []
+    for line in run("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        owner, dash, _ = name.removeprefix(PREFIX).partition("-")
+        if not name.startswith(PREFIX) or not dash or not owner.isdigit():
+            continue
+        if everything or not Path(f"/proc/{owner}").exists():
+            remove_namespace(name)
+            removed.append(name)
+    return removed
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without a real installation's settings, and without proxies."""
+    dropped = ("EDGESYNC_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    return {k: v for k, v in os.environ.items() if not k.upper().startswith(dropped)}
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of a running process and its ended children; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return sum(int(value) for value in stat[11:15]) / _TICK_HZ
+    return 0.0
+
+
+class Child:
+    """One process in a host, with its processor time (its waited-for children's too, once it has ended)."""
+
+    def __init__(
+        self, host: Host, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str]
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.log = log
+        self.exit_code: int | None = None
+        self._cpu_s = 0.0
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                host.inside(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=clean_environment() | host.environment | dict(env),
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code once it has ended; collects what it used."""
+        if self.exit_code is None:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.exit_code = self._process.returncode = os.waitstatus_to_exitcode(status)
+                self._cpu_s = usage.ru_utime + usage.ru_stime
+        return self.exit_code
+
+    def cpu_s(self) -> float:
+        """User and system seconds so far."""
+        return cpu_seconds(self.pid) if self.poll() is None else self._cpu_s
+
+    def kill(self) -> None:
+        """SIGKILL, as a power switch would."""
+        if self.poll() is None:
+            self._process.kill()
+            self._wait(STOP_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL to its whole session when that does not help."""
+        if self.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        if not self._wait(STOP_TIMEOUT_S):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._wait(STOP_TIMEOUT_S)
+
+    def _wait(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"nothing in {self.log}"
