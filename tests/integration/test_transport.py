@@ -8,6 +8,7 @@ import pytest
 from edgesync.errors import NotAuthorizedError, NotFoundError
 from edgesync.ids import Digest, PieceId
 from edgesync.testing.transport import TestFleet, gathered
+from edgesync.transport.quic import BoundedQuicConnection
 from edgesync.wire.messages import Interested, Join, Joined
 
 MANIFEST = Digest("ab" * 32)
@@ -80,3 +81,14 @@ async def test_a_stranger_is_no_member() -> None:
         with pytest.raises(NotAuthorizedError):
             await left.connect(stranger)
         assert not left.endpoint.connections
+
+
+async def test_without_the_fast_path_it_works_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgesync.transport.switchboard.Connection", BoundedQuicConnection)
+    async with TestFleet() as fleet:
+        left, right = await fleet.device("left"), await fleet.device("right")
+        ids = [left.shelf.put(os.urandom(70_000)) for _ in range(20)]
+        conn = await right.connect(left)
+        got = await gathered(conn.request(MANIFEST, ids))
+        assert {hashlib.sha256(a.data).digest() for a in got} == set(ids)
+        assert left.endpoint.stats().datagrams_in > 20
