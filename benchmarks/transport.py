@@ -50,6 +50,8 @@ CASES = (
     Case("stock aioquic", "aioquic", megabytes=30),
     Case("bare, no offload", "bare", megabytes=100, options="plain"),
     Case("bare, GSO/GRO", "bare", megabytes=150),
+    Case("bare, lan class", "bare", megabytes=100, options="cc=lan"),
+    Case("bare, stock's reno", "bare", megabytes=100, options="cc=reno"),
     Case("bare, ChaCha20, GSO/GRO", "bare", megabytes=100, options="chacha"),
     Case("pieces, GSO/GRO", "pieces", megabytes=100),
     Case("qh3", "qh3", megabytes=60),
@@ -67,6 +69,8 @@ BARS = (
     ("bare, GSO/GRO", "qh3", 2.0),
     ("bare x 4, GSO/GRO", "stock aioquic x 4", 4.0),
     ("bare, 8900 B, GSO/GRO", "TLS over TCP", 0.7),
+    ("bare, lan class", "bare, stock's reno", 1.0),
+    ("bare, lan class", "stock aioquic", 1.0),
 )
 CPU_BARS = (("bare, GSO/GRO", "stock aioquic", 0.2, 0.3),)
 """Ours, theirs, receiving, sending."""
@@ -83,10 +87,14 @@ def _switchboard(options: str, doorman: Any) -> Any:
     from aioquic.tls import CipherSuite
 
     from edgesync.identity import Identity, self_signed
+    from edgesync.transport import quic
     from edgesync.transport.flow import Budget
     from edgesync.transport.quic import server_configuration
     from edgesync.transport.switchboard import Switchboard
 
+    for option in options.split(","):
+        if option.startswith("cc="):
+            quic.DEFAULT_CONTROLLER = option[3:]  # type: ignore[misc]
     identity = self_signed(Identity.generate(), "bench")
     assert identity.certificate is not None
     server = server_configuration(
