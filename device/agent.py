@@ -178,7 +178,11 @@ class Agent:
                 identity=self._identity,
                 judge=self._metadata.judge,
                 handler=self._swarm,
-                config=EndpointConfig(agent=f"edgesync {__version__}", versions=self._versions),
+                config=EndpointConfig(
+                    agent=f"edgesync {__version__}",
+                    congestion=settings.congestion,
+                    versions=self._versions,
+                ),
             )
         except OSError as exc:
             raise ConfigError(

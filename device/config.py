@@ -4,7 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from edgesync.config import HostPort, boolean, host_port, parse_duration, parse_rate, setting
+from edgesync.config import (
+    HostPort,
+    boolean,
+    host_port,
+    one_of,
+    parse_duration,
+    parse_rate,
+    setting,
+)
+from edgesync.transport.controller_names import AUTO, SETTINGS
 
 QUIC_PORT = 7443
 
@@ -42,6 +51,12 @@ class AgentSettings:
         0, parse_rate, "Most bytes per second sent to peers, such as 500kB or 4MiB; 0: no limit."
     )
     download_limit: int = setting(0, parse_rate, "Most bytes per second fetched; 0: no limit.")
+    congestion: str = setting(
+        AUTO,
+        one_of(*SETTINGS),
+        "What decides how fast peers and the gateway are sent to: auto (by the path), bbr (lossy and long links), lan, "
+        "background (leaves room to others), cubic or reno (for comparison).",
+    )
     reconnect_max: float = setting(
         300.0,
         parse_duration,

@@ -218,6 +218,15 @@ def boolean(value: Any) -> bool:
     return words[value.lower()]
 
 
+def one_of(*names: str) -> Parser:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"{value!a} is none of {', '.join(names)}")
+        return str(value)
+
+    return parse
+
+
 def integer(minimum: int, maximum: int) -> Parser:
     def parse(value: Any) -> int:
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value

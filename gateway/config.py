@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from edgesync.config import HostPort, host_port, list_of, parse_rate, setting, text
+from edgesync.config import HostPort, host_port, list_of, one_of, parse_rate, setting, text
 from edgesync.errors import ConfigError
 from edgesync.io.broker_url import parse_broker_url
+from edgesync.transport.controller_names import AUTO, SETTINGS
 
 QUIC_PORT: Final = 7443
 MQTT_PORT: Final = 8883
@@ -53,6 +54,12 @@ class GatewaySettings:
     )
     upload_limit: int = setting(
         0, parse_rate, "Most bytes per second sent to devices, such as 500kB or 4MiB; 0: no limit."
+    )
+    congestion: str = setting(
+        AUTO,
+        one_of(*SETTINGS),
+        "What decides how fast devices are sent to: auto (by the path), bbr (lossy and long links), lan, background "
+        "(leaves room to others), cubic or reno (for comparison).",
     )
 
 

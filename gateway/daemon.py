@@ -257,6 +257,7 @@ class Daemon:
                     max_connections=limits.MAX_GATEWAY_CONNECTIONS,
                     accept_joins=True,
                     announce_port=False,
+                    congestion=self.settings.congestion,
                     versions=lambda: (
                         self.moment.trusted.root_version,
                         self.moment.trusted.timestamp_version,

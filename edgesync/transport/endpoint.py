@@ -45,7 +45,11 @@ from edgesync.transport.connection import (
 from edgesync.transport.engine import transport_warnings
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link, LinkOwner, Stream
-from edgesync.transport.quic import client_configuration, server_configuration
+from edgesync.transport.quic import (
+    DEFAULT_CONTROLLER,
+    client_configuration,
+    server_configuration,
+)
 from edgesync.transport.switchboard import Switchboard
 from edgesync.transport.udp import Address, for_family, plain
 from edgesync.wire import codec
@@ -76,6 +80,8 @@ class EndpointConfig:
     budget_bytes: int = limits.REASSEMBLY_BUDGET_BYTES
     accept_joins: bool = False
     """Offer ``edgesync-join/1`` (a gateway)."""
+    congestion: str = DEFAULT_CONTROLLER
+    """What decides how fast this side sends: one of ``controller_names.SETTINGS``."""
     announce_port: bool = True
     """Tell servers the port others may dial this machine at."""
     versions: Callable[[], tuple[int, int]] = lambda: (0, 0)
@@ -142,6 +148,7 @@ class Endpoint:
             budget=self.budget,
             max_unproven=config.max_unproven,
             max_unproven_per_address=config.max_unproven_per_address,
+            congestion=config.congestion,
         )
         self._keeper = self.spawn(self._keep_alive(), "keep-alive")
 

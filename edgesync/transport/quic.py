@@ -212,7 +212,10 @@ class _Streams(dict[int, QuicStream]):
 class BoundedQuicConnection(QuicConnection):
     """A connection whose peer may send what it was granted, and open as many streams as it was granted."""
 
-    def __init__(self, *, peer_streams: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, peer_streams: int, congestion: str = DEFAULT_CONTROLLER, **kwargs: Any
+    ) -> None:
+        """``congestion``: one of ``controller_names.SETTINGS``."""
         super().__init__(**kwargs)
         self._streams = _Streams()
         for limit, value in (
@@ -222,7 +225,7 @@ class BoundedQuicConnection(QuicConnection):
             limit.value = limit.sent = value
         self.use_controller(
             create_controller(
-                DEFAULT_CONTROLLER,
+                congestion,
                 max_datagram_size=self._max_datagram_size,
                 rng=random.Random(),  # noqa: S311 - spreads flows, hides nothing
             )

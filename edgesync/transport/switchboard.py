@@ -32,7 +32,7 @@ from edgesync.errors import PeerBusyError, PeerUnreachableError, TransportError
 from edgesync.transport.engine import Connection
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link, LinkOwner
-from edgesync.transport.quic import CONNECTION_ID_BYTES
+from edgesync.transport.quic import CONNECTION_ID_BYTES, DEFAULT_CONTROLLER
 from edgesync.transport.udp import Address, UdpSocket, bind, source_key
 
 REFUSALS_PER_S: Final = 50
@@ -57,6 +57,7 @@ class Switchboard:
         budget: Budget,
         max_unproven: int = limits.MAX_UNPROVEN_CONNECTIONS,
         max_unproven_per_address: int = limits.MAX_UNPROVEN_PER_ADDRESS,
+        congestion: str = DEFAULT_CONTROLLER,
         offload: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -65,6 +66,7 @@ class Switchboard:
         self._budget = budget
         self._max_unproven = max_unproven
         self._max_unproven_per_address = max_unproven_per_address
+        self._congestion = congestion
         self._links: dict[bytes, Link] = {}
         self._touched: dict[Link, None] = {}
         self._dirty: dict[Link, None] = {}
@@ -211,7 +213,7 @@ class Switchboard:
         """Raises PeerBusyError: the budget is used up."""
         if not self._budget.reserve(limits.UNPROVEN_WINDOW_BYTES):
             raise PeerBusyError("this machine has no room for another connection", retry_after_s=1)
-        quic = Connection(configuration=configuration, peer_streams=0)
+        quic = Connection(configuration=configuration, peer_streams=0, congestion=self._congestion)
         link = Link(quic, self, owner, address=address, dialed=True, budget=self._budget)
         self.route(quic.host_cid, link)
         self._dialing[link] = None
@@ -289,6 +291,7 @@ class Switchboard:
             original_destination_connection_id=original_id,
             retry_source_connection_id=retry_id,
             peer_streams=1,
+            congestion=self._congestion,
         )
         owner = self._doorman.new_owner()
         link = Link(quic, self, owner, address=address, dialed=False, budget=self._budget)

@@ -21,11 +21,7 @@ from edgesync.transport.congestion.base import CongestionController, CongestionS
 from edgesync.transport.congestion.bbr import BbrController
 from edgesync.transport.congestion.lan import LanController
 from edgesync.transport.congestion.pacer import MIN_BURST, Pacer
-
-AUTO: Final = "auto"
-CLASSES: Final = ("bbr", "lan", "background", "cubic", "reno")
-SETTINGS: Final = (AUTO, *CLASSES)
-"""What configuration may name."""
+from edgesync.transport.controller_names import AUTO, SETTINGS
 
 LAN_RTT_S: Final = 0.005
 """Shortest round trip up to which an unknown path is taken for a LAN: more than a busy small machine adds to one."""
@@ -61,7 +57,7 @@ def is_near(
 def make(
     name: str, *, max_datagram_size: int, rng: random.Random, pacer: Pacer | None = None
 ) -> CongestionController:
-    """A bare controller of one of ``CLASSES``. Raises ValueError: no such class."""
+    """A bare controller of one of ``controller_names.CLASSES``. Raises ValueError: no such class."""
     size = max_datagram_size
     match name:
         case "bbr":

@@ -150,3 +150,12 @@ def test_not_addresses(text):
         config.parse_host_port(text, default_port=7443, any_host=True)
     with pytest.raises(ValueError):
         config.parse_host_port(":80")
+
+
+def test_one_of_its_names():
+    parse = config.one_of("auto", "bbr")
+    assert parse("bbr") == "bbr"
+    with pytest.raises(ValueError, match="'vegas' is none of auto, bbr"):
+        parse("vegas")
+    with pytest.raises(ValueError, match="none of"):
+        parse(["bbr"])
