@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check unit format lint types arrows acceptance bench bench-transport lock venv docs clean
+.PHONY: demo test check unit format lint types arrows acceptance bench bench-transport bench-network bench-fairness bench-sites lock venv docs clean
 
 demo: venv
 	$(BIN)/edgesync demo --tour
@@ -54,6 +54,16 @@ bench: venv
 
 bench-transport: venv
 	$(BIN)/python -m benchmarks.transport
+
+# These three need root, and hours: each takes OPTIONS, such as OPTIONS=--quick.
+bench-network: venv
+	$(BIN)/python -m benchmarks.network $(OPTIONS)
+
+bench-fairness: venv
+	$(BIN)/python -m benchmarks.fairness $(OPTIONS)
+
+bench-sites: venv
+	$(BIN)/python -m benchmarks.sites $(OPTIONS)
 
 docs: venv
 	$(BIN)/python -m edgesync.testing.state_docs docs/state-machines.md

@@ -1,0 +1,192 @@
+"""A laboratory for one run: a source, its sites, the processes of a contender, and what they cost.
+
+It knows no contender. Everything started here is stopped by ``close``, in good order first.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmarks.netbench.links import Link
+from simulations.netlab import hosts
+from simulations.netlab.forwarder import Impairment
+from simulations.netlab.hosts import Host, LabError, cpu_seconds
+from simulations.netlab.lab import Lab
+
+Carried = tuple[int, int]
+"""Bytes at IP level: towards the devices, and from them."""
+
+
+class Child(hosts.Child):
+    """A process that also knows when it began and ended, in Unix seconds."""
+
+    def __init__(
+        self, host: Host, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str]
+    ) -> None:
+        self.started_at = time.time()
+        self.ended_at: float | None = None
+        super().__init__(host, name, argv, log=log, env=env)
+
+    def poll(self) -> int | None:
+        code = super().poll()
+        if code is not None and self.ended_at is None:
+            self.ended_at = time.time()
+        return code
+
+    def received_bytes(self, interface: str) -> int:
+        """What came in on an interface of this process' host, link headers counted."""
+        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
+            name, _, counters = line.strip().partition(":")
+            if name == interface:
+                return int(counters.split()[0])
+        raise LabError(f"{self.host.name} has no interface {interface}")
+
+
+class Rig:
+    """One source and its sites for one run, and a folder for what their processes write."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        source: Host,
+        sites: Sequence[Sequence[Host]],
+        work: Path,
+        *,
+        links: Sequence[Link],
+    ) -> None:
+        """``links``: of the laboratory's sites, in order."""
+        self.source = source
+        self.sites = [list(site) for site in sites]
+        self.work = work
+        self.children: list[Child] = []
+        self._lab = lab
+        self._links = links
+        self._wan_before = self._counters()
+        self._wan_after: list[Carried] | None = None
+        self._cpu_before: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for child in reversed(self.children):
+            child.stop()
+
+    @property
+    def devices(self) -> list[Host]:
+        return [host for site in self.sites for host in site]
+
+    # --- the network ------------------------------------------------------------------------------------------------
+    def set_tcp(self, algorithm: str) -> None:
+        """Linux' congestion control for every TCP connection that starts from now on."""
+        self._lab.set_tcp(algorithm)
+
+    def set_rate(self, bit_s: float) -> None:
+        """Of every thin link from now on; its queue stays the same share of rate times round trip."""
+        for site, link in zip(self._lab.sites, self._links, strict=True):
+            queue = dataclasses.replace(link, rate_bit_s=bit_s).queue_bytes
+            site.link.set(rate=bit_s, queue=queue)
+
+    def forwarder_pids(self) -> list[int]:
+        return [site.link.pid for site in self._lab.sites]
+
+    def _counters(self) -> list[Carried]:
+        both = [site.link.counters() for site in self._lab.sites]
+        return [(there.out_bytes, back.out_bytes) for there, back in both]
+
+    # --- counting ---------------------------------------------------------------------------------------------------
+    def mark(self) -> None:
+        """The operator's command comes now: link bytes and processor time count from here on."""
+        self._wan_before, self._wan_after = self._counters(), None
+        self._cpu_before = {child.name: child.cpu_s() for child in self.children}
+
+    def stop_counting(self) -> None:
+        """All is done: what closing connections costs does not count."""
+        self._wan_after = self._counters()
+
+    def wan_bytes(self) -> list[Carried]:
+        """Carried by each thin link since ``mark``."""
+        now = self._wan_after or self._counters()
+        return [(n[0] - b[0], n[1] - b[1]) for n, b in zip(now, self._wan_before, strict=True)]
+
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds of each child since ``mark``, by name; complete only after ``close``."""
+        return {
+            child.name: round(child.cpu_s() - self._cpu_before.get(child.name, 0.0), 2)
+            for child in self.children
+        }
+
+    # --- processes --------------------------------------------------------------------------------------------------
+    def folder(self, name: str) -> Path:
+        path = self.work / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def spawn(
+        self, host: Host, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None
+    ) -> Child:
+        child = Child(host, name, argv, log=self.work / f"{name}.log", env=env or {})
+        self.children.append(child)
+        return child
+
+
+@contextmanager
+def behind(links: Sequence[Link], work: Path) -> Iterator[Rig]:
+    """A source, and behind each link a site with its devices."""
+    with Lab() as lab:
+        for number, link in enumerate(links, 1):
+            way = Impairment(
+                rate=link.rate_bit_s,
+                delay=link.rtt_s / 2,
+                loss=link.loss,
+                burst=link.burst or 1.0,
+                queue=link.queue_bytes,
+            )
+            lab.add_site(f"site{number}", devices=link.devices, there=way)
+        sites = [site.devices for site in lab.sites]
+        yield Rig(lab, lab.source, sites, work, links=links)
+
+
+@contextmanager
+def on_a_lan(work: Path) -> Iterator[Rig]:
+    """A source and a device on one bridge, without any impairment."""
+    with Lab() as lab:
+        site = lab.add_site("lan", devices=2)
+        source, device = site.devices
+        yield Rig(lab, source, [[device]], work, links=[Link("lan", "a LAN", 0.0, 0.0)])
+
+
+def await_that(
+    what: str, condition: Callable[[], bool], *, timeout_s: float, every_s: float = 0.1
+) -> None:
+    """Poll until it is true. Raises LabError naming ``what``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LabError(f"gave up after {timeout_s:.0f} s waiting for {what}")
+        time.sleep(every_s)
+
+
+__all__ = [
+    "Carried",
+    "Child",
+    "Host",
+    "LabError",
+    "Rig",
+    "await_that",
+    "behind",
+    "cpu_seconds",
+    "on_a_lan",
+]
