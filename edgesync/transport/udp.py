@@ -3,7 +3,7 @@
 It hands datagrams to a callback, about ``BATCH`` a wake-up, and never blocks: what the kernel does not take is queued
 up to ``MAX_QUEUE`` and then dropped, as a network would. Where the kernel cuts and joins equal datagrams itself (GSO
 and GRO, Linux) it does; a path that refuses is served without. While single datagrams keep coming they are left to
-gather for ``COALESCE_S``: a wake-up costs more than a datagram. Port-unreachable answers (ICMP) are reported with the
+gather for ``pause_s``: a wake-up costs more than a datagram. Port-unreachable answers (ICMP) are reported with the
 address they are about, where the platform tells (Linux). It knows nothing of QUIC.
 """
 
@@ -27,6 +27,8 @@ RECEIVE_BYTES: Final = 65_536
 """One buffer for whatever one call brings, a datagram or many joined: nothing is allocated by what is announced."""
 COALESCE_S: Final = 0.002
 """Pause of the reader while datagrams trickle in."""
+LONG_COALESCE_S: Final = 0.004
+"""The same where it is little beside the path's delay."""
 COALESCE_BELOW: Final = 8
 """Datagrams a wake-up brings from which on reading at once costs less than it saves."""
 _BUSY_GAP_S: Final = 0.005
@@ -84,7 +86,9 @@ class UdpSocket:
         self._pause: asyncio.TimerHandle | None = None
         self._busy = 0
         self._read_at = 0.0
-        self._loop.add_reader(sock.fileno(), self._readable)
+        self.pause_s = COALESCE_S
+        self._listening = False
+        self._listen(on=True)
 
     @property
     def address(self) -> Address:
@@ -266,14 +270,25 @@ class UdpSocket:
         self._busy = min(self._busy + count, BATCH) if recent else 0
         self._read_at = now
         if self._busy >= _BUSY_DATAGRAMS and 0 < count < COALESCE_BELOW and self._pause is None:
-            self._loop.remove_reader(self._sock.fileno())
-            self._pause = self._loop.call_later(COALESCE_S, self._resume)
+            self._listen(on=False)
+            self._pause = self._loop.call_later(self.pause_s, self._resume)
+
+    def _listen(self, *, on: bool) -> None:
+        """Have the loop call ``_readable``, or not. A pause after a pause changes nothing and costs nothing."""
+        if on != self._listening and self._sock.fileno() >= 0:
+            self._listening = on
+            if on:
+                self._loop.add_reader(self._sock.fileno(), self._readable)
+            else:
+                self._loop.remove_reader(self._sock.fileno())
 
     def _resume(self) -> None:
         self._pause = None
-        if self._sock.fileno() >= 0:
-            self._loop.add_reader(self._sock.fileno(), self._readable)
-            self._readable()
+        if self._sock.fileno() < 0:
+            return
+        self._readable()
+        if self._pause is None and self._sock.fileno() >= 0:
+            self._listen(on=True)
 
     def _read_errors(self) -> None:
         flag = getattr(socket, "MSG_ERRQUEUE", None)

@@ -124,6 +124,28 @@ async def test_closing_in_the_pause_reads_nothing_more() -> None:
     sender.close()
 
 
+async def test_a_callback_may_close_the_socket_it_is_called_from() -> None:
+    left, right = Inbox(), Inbox()
+    sender, receiver = open_socket(left), open_socket(right)
+    closed, to = asyncio.Event(), receiver.address
+
+    def received(datagrams: Sequence[bytes], address: Any) -> None:
+        right.received(datagrams, address)
+        if receiver._busy >= 7:
+            receiver.close()
+            closed.set()
+
+    receiver._received = received
+    async with asyncio.timeout(20):
+        while not closed.is_set():
+            sender.send([(bytes(100), to)])
+            await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert receiver._pause is None or not receiver._listening
+    sender.close()
+    receiver.close()
+
+
 async def test_datagrams_lost_to_a_small_receive_buffer_are_said() -> None:
     left, right = Inbox(), Inbox()
     sender, receiver = open_socket(left), open_socket(right)
