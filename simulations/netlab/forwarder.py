@@ -124,7 +124,7 @@ class Forwarder:
         return self._process.pid
 
     def set(
-        self, *, there: Impairment | None = None, back: Impairment | None = None, **both: float
+        self, there: Impairment | None = None, back: Impairment | None = None, /, **both: float
     ) -> None:
         """Change the link from now on; ``both`` names single values for both directions. Raises LabError."""
         there = dataclasses.replace(there or self.there, **both)

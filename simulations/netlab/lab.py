@@ -107,7 +107,7 @@ class Lab:
         )
         site = Site(name, number, router, link, [], nat)
         self.sites.append(site)
-        link.set(there=there or Impairment(), back=back or there or Impairment())
+        link.set(there or Impairment(), back or there or Impairment())
         net = f"10.79.{number}"
         for host, device, address in ((self.wan, f"site{number}", 1), (router, "wan", 2)):
             host.ip("addr", "add", f"{net}.{address}/24", "dev", device)
