@@ -12,7 +12,7 @@ stays clear.
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from aioquic.quic.packet_builder import QuicSentPacket
@@ -86,6 +86,16 @@ class BackgroundController(CongestionController):
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         self.bytes_in_flight = max(0, self.bytes_in_flight - packet.sent_bytes)
         self._acked += packet.sent_bytes
+
+    def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
+        size = sum([packet.sent_bytes for packet in packets])
+        self.bytes_in_flight += size
+        self._sent += size
+
+    def on_burst_acked(self, packets: Sequence[QuicSentPacket], now: float) -> None:
+        size = sum([packet.sent_bytes for packet in packets])
+        self.bytes_in_flight = max(0, self.bytes_in_flight - size)
+        self._acked += size
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
         for packet in packets:

@@ -16,7 +16,7 @@ draft-cheng-iccrg-delivery-rate-estimation-02. What differs from it, and why, wi
 import enum
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Final
 
 from aioquic.quic.packet_builder import QuicSentPacket
@@ -75,7 +75,9 @@ SHARE_PACING_GAIN: Final = 1.2
 """While sharing the window governs; the pacer only spreads it."""
 SHARE_TEST_S: Final = 10.0
 """Time between tests whether the queue is ours."""
-SHARE_TEST_MIN_S: Final = 4.0
+SHARE_FIRST_TEST_S: Final = 1.0
+"""The first comes soon: a link that became slower shows a queue that is ours alone."""
+SHARE_TEST_MIN_S: Final = 7.0
 SHARE_DROP: Final = 0.88
 """A round trip shorter by this than the round's before is others holding back: a test now shows the path
 empty. So flows of this kind test together, though none knows of the others."""
@@ -123,6 +125,7 @@ class BbrController(CongestionController):
     def _begin(self, now: float) -> None:
         """Know nothing of the path."""
         self._bandwidth = 0.0
+        self._latest_rate = 0.0
         self._filter = MaxFilter(BANDWIDTH_ROUNDS)
         self._min_rtt = math.inf
         self._min_rtt_at = now
@@ -130,6 +133,7 @@ class BbrController(CongestionController):
         self._began = self._rate.delivered
         # rounds (4.1.1.3)
         self._round = 0
+        self._filter_round = 0
         self._round_ends = self._rate.delivered
         self._round_at = now
         self._round_rtt = math.inf
@@ -148,6 +152,7 @@ class BbrController(CongestionController):
         self._phase_bandwidth = 0.0
         self._probe_rtt_ends: float | None = None
         self._probe_rtt_round = 0
+        self._probe_rtt_window = 0
         self._probe_rtt_best = math.inf
         # the valve
         self._lossy_rounds = 0
@@ -161,12 +166,19 @@ class BbrController(CongestionController):
     # --- what aioquic calls
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
-        self._rate.on_sent(packet, nothing_in_flight=self.bytes_in_flight <= 0)
-        self.bytes_in_flight += packet.sent_bytes
+        self.on_burst_sent((packet,))
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
-        self._forget(packet)
-        self._rate.on_acked(packet, now)
+        self.on_burst_acked((packet,), now)
+
+    def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
+        if packets:
+            self._rate.on_sent(packets, nothing_in_flight=self.bytes_in_flight <= 0)
+            self.bytes_in_flight += sum([packet.sent_bytes for packet in packets])
+
+    def on_burst_acked(self, packets: Sequence[QuicSentPacket], now: float) -> None:
+        size = self._rate.on_acked(packets, now)
+        self.bytes_in_flight = max(0, self.bytes_in_flight - size)
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
         """A probe timeout or a discarded space: no sign of loss."""
@@ -234,12 +246,16 @@ class BbrController(CongestionController):
             self._round_ends = self._rate.delivered
             self._round += 1
             self._round_at = now
+            if self._valve > VALVE_MIN or not self._lossy_rounds:
+                # else each look would find less than the one before, down to nothing: 1.25 times (1 - loss) is under 1
+                self._filter_round += 1
         if sample.rate_bytes_s >= self._bandwidth or not sample.is_app_limited:
             # 4.1.1.5: what the application held back says nothing, unless it is more than was known
             bounded = min(sample.rate_bytes_s, limits.MAX_PATH_RATE_BYTES_S)
             if bounded > 0.0:
-                self._filter.update(bounded, self._round)
-        self._bandwidth = self._filter.best(self._round)
+                self._filter.update(bounded, self._filter_round)
+                self._latest_rate = bounded
+        self._bandwidth = self._filter.best(self._filter_round)
         if is_new_round:
             self._end_round(now, is_app_limited=sample.is_app_limited)
         self._advance(now)
@@ -329,7 +345,7 @@ class BbrController(CongestionController):
             self._enter_probe_bw(now)
         if self._state is State.PROBE_BW and self._sharing.is_active:
             self._state = State.SHARING
-            self._share_test_at = now + SHARE_TEST_S
+            self._share_test_at = max(now + SHARE_FIRST_TEST_S, self._share_test_at)
         if self._state is State.SHARING and not self._sharing.is_active:
             self._enter_probe_bw(now)
         if self._state is State.PROBE_BW:
@@ -346,6 +362,7 @@ class BbrController(CongestionController):
             )
         ):
             self._state = State.PROBE_RTT
+            self._probe_rtt_window = self._half_product()
             self._probe_rtt_ends = None
             self._probe_rtt_best = math.inf
 
@@ -376,15 +393,15 @@ class BbrController(CongestionController):
 
     def _advance_probe_rtt(self, now: float) -> None:
         if self._probe_rtt_ends is None:
-            if self.bytes_in_flight <= self._probe_rtt_window():
+            if self.bytes_in_flight <= self._probe_rtt_window:
                 self._probe_rtt_ends = now + PROBE_RTT_S
                 self._probe_rtt_round = self._round + 1
         elif now >= self._probe_rtt_ends and self._round >= self._probe_rtt_round:
             self._take_probed_rtt()
             self._min_rtt_at = now
+            self._share_test_at = now + SHARE_TEST_S
             if self._sharing.is_active:
                 self._state = State.SHARING
-                self._share_test_at = now + SHARE_TEST_S
             elif self._is_full:
                 self._enter_probe_bw(now)
             else:
@@ -413,8 +430,12 @@ class BbrController(CongestionController):
             return _PHASE_GAIN[self._phase]
         return 1.0
 
-    def _probe_rtt_window(self) -> int:
-        return max(MIN_WINDOW_PACKETS * self.max_datagram_size, int(PROBE_RTT_GAIN * self._bdp()))
+    def _half_product(self) -> int:
+        bdp = self._bdp()
+        if self._sharing.is_active and self._min_rtt < math.inf:
+            # the largest rate of ten rounds is stale when the link became slower, and those rounds are long
+            bdp = min(bdp, self._latest_rate * max(self._min_rtt, RTT_FLOOR_S))
+        return max(MIN_WINDOW_PACKETS * self.max_datagram_size, int(PROBE_RTT_GAIN * bdp))
 
     def _apply(self, sample: RateSample, now: float) -> None:
         """Pacing rate (4.2.1) and window (4.2.3)."""
@@ -437,7 +458,7 @@ class BbrController(CongestionController):
         elif self.congestion_window >= target and not early:
             window = self.congestion_window
         if self._state is State.PROBE_RTT:
-            window = min(window, self._probe_rtt_window())
+            window = min(window, self._probe_rtt_window)
         self.congestion_window = window
         self._bound_window()
         self._apply_rate()

@@ -117,6 +117,13 @@ class PathController(CongestionController):
         # once per packet: no detour through this object
         self.on_packet_sent = self.inner.on_packet_sent  # type: ignore[method-assign]
         self.on_packet_acked = self.inner.on_packet_acked  # type: ignore[method-assign]
+        self.on_burst_sent = self.inner.on_burst_sent  # type: ignore[method-assign]
+        self.on_burst_acked = self.inner.on_burst_acked  # type: ignore[method-assign]
+
+    @property
+    def setting(self) -> str:
+        """What was asked for last: one of ``SETTINGS``."""
+        return self._setting
 
     @property
     def is_auto(self) -> bool:

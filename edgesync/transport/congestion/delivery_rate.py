@@ -7,6 +7,7 @@ congestion-control-00 section 4.1.1.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -48,9 +49,10 @@ class DeliveryRate:
         self._delivered_time = self._first_sent_time = now
         self._stamp = None
 
-    def on_sent(self, packet: QuicSentPacket, *, nothing_in_flight: bool) -> None:
+    def on_sent(self, packets: Sequence[QuicSentPacket], *, nothing_in_flight: bool) -> None:
+        """Packets leave together."""
         if nothing_in_flight:
-            self._first_sent_time = self._delivered_time = float(packet.sent_time or 0.0)
+            self._first_sent_time = self._delivered_time = float(packets[0].sent_time or 0.0)
             self._stamp = None
         if self._stamp is None:  # a burst shares one
             self._stamp = (
@@ -60,20 +62,28 @@ class DeliveryRate:
                 self._app_limited,
                 self,
             )
-        cast("Any", packet).cc = self._stamp
+        stamp = self._stamp
+        for packet in packets:
+            cast("Any", packet).cc = stamp
 
-    def on_acked(self, packet: QuicSentPacket, now: float) -> None:
-        size = packet.sent_bytes
+    def on_acked(self, packets: Sequence[QuicSentPacket], now: float) -> int:
+        """Packets that one ACK frame acknowledges; their bytes."""
+        size = 0
+        best = self._best
+        for packet in packets:
+            size += packet.sent_bytes
+            stamp = cast("Stamp | None", getattr(packet, "cc", None))
+            if stamp is None or stamp[4] is not self:
+                continue  # it left under another controller
+            if best is None or stamp[0] >= best[0]:
+                best = stamp
+                self._best_sent = float(packet.sent_time or 0.0)
+        self._best = best
         self.delivered += size
         self._acked += size
         self._delivered_time = now
         self._stamp = None
-        stamp = cast("Stamp | None", getattr(packet, "cc", None))
-        if stamp is None or stamp[4] is not self:
-            return  # it left under another controller
-        if self._best is None or stamp[0] >= self._best[0]:
-            self._best = stamp
-            self._best_sent = float(packet.sent_time or 0.0)
+        return size
 
     def on_app_limited(self, bytes_in_flight: int) -> None:
         limited = max(self.delivered + bytes_in_flight, 1)

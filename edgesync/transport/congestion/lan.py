@@ -8,7 +8,7 @@ Source: RFC 5681 (slow start, congestion avoidance), RFC 9002 section 7 (one bac
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from aioquic.quic.packet_builder import QuicSentPacket
@@ -57,12 +57,23 @@ class LanController(CongestionController):
         self.bytes_in_flight += packet.sent_bytes
         self._limited = False
 
+    def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
+        self.bytes_in_flight += sum([packet.sent_bytes for packet in packets])
+        self._limited = False
+
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
-        size = packet.sent_bytes
-        self.acked_packets += 1
+        self.on_burst_acked((packet,), now)
+
+    def on_burst_acked(self, packets: Sequence[QuicSentPacket], now: float) -> None:
+        self.acked_packets += len(packets)
         was_full = self.bytes_in_flight * 2 >= self.congestion_window
-        self.bytes_in_flight = max(0, self.bytes_in_flight - size)
-        if not was_full or self._limited or (packet.sent_time or 0.0) <= self._recovery_from:
+        acked = size = 0
+        for packet in packets:
+            acked += packet.sent_bytes
+            if (packet.sent_time or 0.0) > self._recovery_from:
+                size += packet.sent_bytes
+        self.bytes_in_flight = max(0, self.bytes_in_flight - acked)
+        if not size or not was_full or self._limited:
             return  # a window that was not used is not proved (RFC 9002, 7.8)
         if self.ssthresh is None or self.congestion_window < self.ssthresh:
             self.congestion_window += size
