@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from device import joining, role, status, streaming
 from device.bundle_store import BundleStore
+from device.caps import DeviceCaps, own_caps
 from device.config import AgentSettings
 from device.control import Answer, ControlServer
 from device.discovery import Discovery
@@ -161,14 +162,21 @@ class Agent:
             fleet=self._trust_store.state.fleet_id,
             utc_now=self._trust_store.now,
         )
+        self._caps = DeviceCaps(
+            device_id=self._member.id,
+            site=self._member.labels.get("site", ""),
+            own=own_caps(settings.upload_limit, settings.download_limit, settings.time_zone),
+            state=self._state,
+            in_storage=self._in_storage,
+            utc_now=self._trust_store.now,
+        )
         self._swarm = Swarm(
             store=self._store,
             metadata=self._served,
             gateway_key=self._gateway_key,
             gateway_addresses=self._gateway_addresses,
             may_read=rights.may_read,
-            upload_limit=settings.upload_limit,
-            download_limit=settings.download_limit,
+            obey_caps=self._caps.obey,
             on_versions=self._versions_told,
         )
         try:
@@ -226,6 +234,7 @@ class Agent:
                 self._telemetry.run(),
                 self._keep_metadata(),
                 self._keep_assignments(),
+                self._caps.run(),
                 self._watchdog(),
             )
         ]
@@ -355,7 +364,11 @@ class Agent:
             except EdgeSyncError as exc:
                 self.assignment_refused(data, exc)
 
+    async def caps_told(self, message: mqtt.Caps) -> None:
+        await self._caps.heard(message)
+
     def peers_told(self, peers: mqtt.Peers) -> None:
+        self._caps.site_told(peers.site)
         for peer in peers.peers:
             for address in peer.addresses:
                 self._swarm.told_peer(PeerKey(peer.key), address)
@@ -534,6 +547,7 @@ class Agent:
         if self._metadata.problem:
             problems.append(self._metadata.problem)
         problems += [str(problem) for problem in self._metadata.trusted.problems]
+        problems += self._caps.problems
         rows = self._rows()
         return status.build(
             device_id=self._member.id,
@@ -548,6 +562,7 @@ class Agent:
             executions=rows,
             counters={row.digest: self._counters(row.digest) for row in rows},
             metadata=status.metadata_facts(self._metadata.trusted),
+            caps=self._caps.rows(),
             problems=problems,
             running=True,
         )

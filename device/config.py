@@ -4,15 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from edgesync.config import (
-    HostPort,
-    boolean,
-    host_port,
-    one_of,
-    parse_duration,
-    parse_rate,
-    setting,
-)
+from edgesync import caps
+from edgesync.config import HostPort, boolean, host_port, one_of, parse_duration, setting
 from edgesync.transport.controller_names import AUTO, SETTINGS
 
 QUIC_PORT = 7443
@@ -47,10 +40,19 @@ class AgentSettings:
         "Reach the gateway's QUIC port here instead of where it says (NAT, relay); empty: as it says.",
     )
     mdns: bool = setting(True, boolean, "Announce this device and find peers by mDNS.")
-    upload_limit: int = setting(
-        0, parse_rate, "Most bytes per second sent to peers, such as 500kB or 4MiB; 0: no limit."
+    upload_limit: int | str = setting(
+        0,
+        caps.setting,
+        "Most bytes per second sent to peers, such as 500kB, or '08:00-18:00 200kB/s; 2MB/s'; 0: no limit.",
     )
-    download_limit: int = setting(0, parse_rate, "Most bytes per second fetched; 0: no limit.")
+    download_limit: int | str = setting(
+        0, caps.setting, "Most bytes per second fetched, written as upload_limit; 0: no limit."
+    )
+    time_zone: str = setting(
+        caps.UTC,
+        caps.zone_setting,
+        "Zone of the times in upload_limit and download_limit, such as Europe/Rome.",
+    )
     congestion: str = setting(
         AUTO,
         one_of(*SETTINGS),

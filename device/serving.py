@@ -18,7 +18,6 @@ from edgesync import limits, piece_codec
 from edgesync.errors import EdgeSyncError
 from edgesync.ids import Digest, PeerKey, PieceId
 from edgesync.piece_finder import PieceFinder
-from edgesync.rate import TokenBucket
 from edgesync.transport.connection import PeerConnection, PieceAnswer
 from edgesync.wire.messages import Encoding, Request
 
@@ -55,12 +54,10 @@ class Uploads:
         store: BundleStore,
         *,
         may_read: MayRead,
-        limit: TokenBucket,
         slots: int = UPLOAD_SLOTS,
     ) -> None:
         self._store = store
         self._may_read = may_read
-        self._limit = limit
         self._slots = asyncio.Semaphore(slots)
         self._turns: dict[PeerConnection, asyncio.Lock] = {}
         self._threads = ThreadPoolExecutor(READ_THREADS, "uploads")
@@ -153,7 +150,6 @@ class Uploads:
                 answer = await ahead
                 ahead = read(pieces[position + 1]) if position + 1 < len(pieces) else None
                 if answer.missing is None:
-                    await self._limit.take(len(answer.data))
                     bundle.count_sent(len(answer.data))
                     index = finder.find(piece)
                     if index is not None:

@@ -281,6 +281,15 @@ class StateDatabase:
             )
         return epoch, ended
 
+    def meta(self, key: str) -> str | None:
+        """A small fact kept under a name; None: not there."""
+        rows = self._rows("select value from meta where key = ?", key)
+        return str(rows[0][0]) if rows else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        with self.transaction() as connection:
+            connection.execute("insert or replace into meta values (?, ?)", (key, value))
+
     def end_run(self) -> None:
         """Record a clean stop: everything written is claimed or never will be."""
         with self.transaction(full=True) as connection:

@@ -36,6 +36,7 @@ def build(
     metadata: Mapping[str, object],
     problems: Iterable[str],
     running: bool,
+    caps: Iterable[Mapping[str, object]] = (),
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
@@ -45,6 +46,7 @@ def build(
         "peers": [dict(peer) for peer in peers],
         "bundles": [_bundle(row, counters.get(row.digest, Counters())) for row in executions],
         "metadata": dict(metadata),
+        "caps": [dict(cap) for cap in caps],
         "problems": list(problems),
     }
 
@@ -127,6 +129,9 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
         yield f"waiting   {gateway['waiting']}"
     metadata = shown["metadata"]
     yield f"metadata  root {metadata['root']}, timestamp {metadata['timestamp']}"
+    for cap in shown.get("caps", ()):
+        where = "" if cap["where"] == "all" else f" ({cap['where']})"
+        yield f"cap       {cap['what']}{where} {cap['text']}"
     for peer in shown["peers"]:
         yield f"peer      {peer['id']} at {peer['address']}"
     for bundle in shown["bundles"]:

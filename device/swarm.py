@@ -41,7 +41,6 @@ from edgesync.errors import (
 from edgesync.ids import Digest, PeerKey
 from edgesync.piece_finder import PieceFinder
 from edgesync.rarity import mask_from_bits
-from edgesync.rate import TokenBucket
 from edgesync.transport.connection import PeerConnection, PieceAnswer, surviving
 from edgesync.transport.endpoint import Endpoint
 from edgesync.wire.messages import (
@@ -89,8 +88,7 @@ class Swarm:
         gateway_key: Callable[[], PeerKey],
         gateway_addresses: Callable[[], Sequence[str]],
         may_read: MayRead,
-        upload_limit: float = 0,
-        download_limit: float = 0,
+        obey_caps: Callable[[PeerConnection], None] | None = None,
         rng: random.Random | None = None,
         on_versions: Callable[[PeerKey, int, int], None] | None = None,
     ) -> None:
@@ -100,8 +98,8 @@ class Swarm:
         self._gateway_addresses = gateway_addresses
         self._rng = rng or random.Random()  # noqa: S311  # picks pieces and jitter, guards nothing
         self._on_versions = on_versions
-        self._download_limit = TokenBucket(download_limit)
-        self.uploads = Uploads(store, may_read=may_read, limit=TokenBucket(upload_limit))
+        self._obey_caps = obey_caps
+        self.uploads = Uploads(store, may_read=may_read)
         self._loop = asyncio.get_running_loop()
         self._endpoint: Endpoint | None = None
         self._links: dict[PeerKey, PeerLink] = {}
@@ -151,7 +149,6 @@ class Swarm:
             finder,
             self,
             uploads=self.uploads,
-            download_limit=self._download_limit,
             rng=random.Random(self._rng.random()),  # noqa: S311  # as above
             now=asyncio.get_running_loop().time(),
         )
@@ -471,6 +468,8 @@ class Swarm:
         if key in self._quarantined:
             await conn.close(ErrorCode.NOT_A_MEMBER, "quarantined")
             return
+        if self._obey_caps is not None:
+            self._obey_caps(conn)
         if self._on_versions is not None and any(conn.peer_versions):
             self._on_versions(key, *conn.peer_versions)
         if conn.peer.role == "gateway":

@@ -37,6 +37,7 @@ class Listener(Protocol):
     async def assignment_offered(self, data: bytes) -> None: ...
     def assignment_refused(self, data: bytes, error: EdgeSyncError) -> None: ...
     def peers_told(self, peers: mqtt.Peers) -> None: ...
+    async def caps_told(self, message: mqtt.Caps) -> None: ...
     def presence_told(self, presence: mqtt.Presence) -> None: ...
 
 
@@ -217,6 +218,9 @@ class Telemetry:
             case Kind.PEERS:
                 told = mqtt.unseal(topic, data, keys=self._gateway_keys(), utc_now=self._utc_now())
                 self._listener.peers_told(told)
+            case Kind.CAPS:
+                said = mqtt.unseal(topic, data, keys=self._gateway_keys(), utc_now=self._utc_now())
+                await self._listener.caps_told(said)
             case Kind.CMD:
                 await self._obey(mqtt.unseal(topic, data, keys=self._gateway_keys()))
             case _:

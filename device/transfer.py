@@ -21,7 +21,6 @@ from edgesync.errors import EdgeSyncError, StorageError, VerificationError
 from edgesync.ids import Digest, PeerKey
 from edgesync.io.runner import Runner
 from edgesync.piece_finder import PieceFinder
-from edgesync.rate import TokenBucket
 from edgesync.transport.connection import PeerConnection, PieceAnswer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,6 @@ class Transfer:
         neighbourhood: Neighbourhood,
         *,
         uploads: Uploads,
-        download_limit: TokenBucket,
         rng: Random,
         now: float,
     ) -> None:
@@ -65,7 +63,6 @@ class Transfer:
         self._finder = finder
         self._around = neighbourhood
         self._uploads = uploads
-        self._limit = download_limit
         self._loop = asyncio.get_running_loop()
         self.core = Download(self._lengths, staged.have, rng=rng, now=now)
         self._runner = Runner[e.DownloadEvent, e.DownloadEffect](
@@ -191,7 +188,6 @@ class Transfer:
             self.feed(e.PieceFailed(source, piece, answer.missing))
             return
         carried = len(answer.data)
-        await self._limit.take(carried)
         writing = self._loop.run_in_executor(
             self.staged.store.executor, self._write, source, piece, answer
         )

@@ -123,6 +123,12 @@ MAX_ACKED_REPORTS: Final = 256
 MIN_REPORT_INTERVAL_S: Final = 1
 MAX_REPORT_INTERVAL_S: Final = 3600
 MAX_COMMAND_LIFETIME_S: Final = 30 * 86_400
+MAX_CAPS: Final = 64
+"""Ceilings one gateway announces: each device walks them once a minute at most."""
+MAX_CAPS_BYTES: Final = 48 * KIB
+MAX_CAP_TEXT_CHARS: Final = 160
+MIN_CAP_BYTES_S: Final = 8_000
+"""A lower cap is taken for this one: whoever stole a gateway's key slows its devices down and never stops them."""
 MAX_MQTT_QUEUED_MESSAGES: Final = 1000
 MAX_MQTT_QUEUED_BYTES: Final = 4 * MIB
 """What waits for one slow reader, on either side of a broker."""

@@ -7,7 +7,7 @@ piece larger than the bucket still goes through whole. It does not measure; it d
 import asyncio
 from typing import Final
 
-BURST_S: Final = 0.1
+BURST_S: Final = 0.03
 """How much of a second may go at once after a pause."""
 
 
@@ -22,6 +22,20 @@ class TokenBucket:
     @property
     def rate_bytes_s(self) -> float | None:
         return self._rate or None
+
+    @property
+    def step_bytes(self) -> int:
+        """What to take at a time, so that the average over a second stays near the cap."""
+        return max(1024, min(int(self._rate * BURST_S / 2), 1 << 18))
+
+    def set_rate(self, rate_bytes_s: float | None) -> None:
+        """Change the cap from now on; a debt is paid at the new rate and never takes longer than before."""
+        rate = float(rate_bytes_s or 0.0)
+        if rate and self._rate:
+            self._level *= min(1.0, rate / self._rate)
+        else:
+            self._level = 0.0
+        self._rate = rate
 
     def wait_for(self, size_bytes: int, *, now: float) -> float:
         """Take ``size_bytes`` at ``now``; returns the seconds to wait before they may be used."""

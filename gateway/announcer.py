@@ -19,10 +19,13 @@ from edgesync.ids import DeviceId, Digest, GatewayId
 from edgesync.io.mqtt import MqttLink, Will
 from edgesync.wire import mqtt as wire
 from edgesync.wire import topics
+from gateway.service.caps import CapsNow
 
 logger = logging.getLogger(__name__)
 
 COMMAND_LIFETIME_S: Final = 3600.0
+CAPS_LIFETIME_S: Final = 14 * 86_400.0
+"""How long devices obey caps without hearing from the gateway; signed anew after half of it."""
 PARALLEL: Final = 32
 """Retained messages on their way at a time, after a connect."""
 
@@ -39,6 +42,7 @@ class Announcement:
     """Assigned bundles."""
     sets: Mapping[DeviceId, bytes]
     """Assignment sets of accepted devices."""
+    caps: CapsNow = field(default_factory=CapsNow)
     active: int = 0
     """Devices that are working on something: it sets how often they report."""
 
@@ -67,6 +71,8 @@ class Announcer:
         self._next_commands = next_commands
         self._said = _Said()
         self._epoch = 0
+        self._caps: tuple[int, float, bytes] | None = None
+        """Sequence, when it was signed, payload."""
         self._lock = asyncio.Lock()
         self.link: MqttLink | None = None
 
@@ -118,6 +124,8 @@ class Announcer:
             wanted[topics.bundle(self._gateway, digest)] = wire.bundle_payload(digest, manifest)
         for device, envelope in now.sets.items():
             wanted[topics.assign(device)] = envelope
+        if now.caps.sequence:
+            wanted[topics.caps(self._gateway)] = self._sealed_caps(now.caps)
         # Presence last: who sees a version in it finds that version on the broker.
         presence = wire.Presence(
             gateway=self._gateway,
@@ -132,6 +140,26 @@ class Announcer:
         )
         wanted[topics.presence(self._gateway)] = wire.seal(presence, self._identity)
         return wanted
+
+    def _sealed_caps(self, now: CapsNow) -> bytes:
+        utc_now = time.time()
+        kept = self._caps
+        if (
+            kept is not None
+            and kept[0] == now.sequence
+            and 0.0 <= utc_now - kept[1] < CAPS_LIFETIME_S / 2
+        ):
+            return kept[2]
+        message = wire.Caps(
+            gateway=self._gateway,
+            sequence=now.sequence,
+            issued=utc_now,
+            expires=utc_now + CAPS_LIFETIME_S,
+            caps=list(now.entries),
+        )
+        payload = wire.seal(message, self._identity)
+        self._caps = (now.sequence, utc_now, payload)
+        return payload
 
     async def goodbye(self) -> None:
         """Say that the gateway goes; a clean close publishes no will."""
@@ -174,9 +202,11 @@ class Announcer:
                     topics.cmd(DeviceId(device)), wire.seal(command, self._identity), qos=1
                 )
 
-    async def tell_peers(self, device: DeviceId, peers: list[wire.ToldPeer]) -> None:
-        """Give a device the members near it, for when it hears nobody itself."""
-        if self.link is None or not peers:
+    async def tell_peers(
+        self, device: DeviceId, peers: list[wire.ToldPeer], *, site: str = ""
+    ) -> None:
+        """Give a device the members near it, for when it hears nobody itself, and the site it is taken to be at."""
+        if self.link is None or not (peers or site):
             return
         now = time.time()
         message = wire.Peers(
@@ -186,5 +216,6 @@ class Announcer:
             issued=now,
             expires=now + COMMAND_LIFETIME_S,
             peers=peers[: limits.MAX_PEERS_TOLD],
+            site=site[:64],
         )
         await self.link.publish(topics.peers(device), wire.seal(message, self._identity), qos=0)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from edgesync.config import HostPort, host_port, list_of, one_of, parse_rate, setting, text
+from edgesync import caps
+from edgesync.config import HostPort, host_port, list_of, one_of, setting, text
 from edgesync.errors import ConfigError
 from edgesync.io.broker_url import parse_broker_url
 from edgesync.transport.controller_names import AUTO, SETTINGS
@@ -52,8 +53,13 @@ class GatewaySettings:
         list_of(host_port(QUIC_PORT, any_host=False), maximum=MAX_ADVERTISED),
         "Where devices reach this gateway's QUIC port, HOST[:PORT]; the first one also names the embedded broker.",
     )
-    upload_limit: int = setting(
-        0, parse_rate, "Most bytes per second sent to devices, such as 500kB or 4MiB; 0: no limit."
+    upload_limit: int | str = setting(
+        0,
+        caps.setting,
+        "Most bytes per second sent to devices, such as 500kB, or '08:00-18:00 200kB/s; 2MB/s'; 0: no limit.",
+    )
+    time_zone: str = setting(
+        caps.UTC, caps.zone_setting, "Zone of the times in upload_limit, such as Europe/Rome."
     )
     congestion: str = setting(
         AUTO,

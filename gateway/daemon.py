@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from edgesync import __version__, limits
+from edgesync import __version__, caps, limits
 from edgesync.config import HostPort
 from edgesync.errors import ConfigError, EdgeSyncError
 from edgesync.ids import DeviceId, Digest, PeerKey
@@ -46,6 +46,7 @@ from gateway.seeder import Seeder
 from gateway.service import assignments, setup, status
 from gateway.site import host_of
 from gateway.store import GatewayStore
+from gateway.throttles import Throttles
 from gateway.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ class Daemon:
         self.http: http.HttpServer
         self._ingest: Ingest
         self._enrolment: Enrolment
+        zone = caps.load_zone(settings.time_zone)
+        limit = caps.parse(settings.upload_limit, zone, settings.time_zone)
+        self.throttles = Throttles([caps.Cap("gateway.toml", upload=limit)])
         self._reader = MomentReader()
         self._dirty = asyncio.Event()
         self._news = asyncio.Event()
@@ -174,6 +178,7 @@ class Daemon:
             self.broker,
             self.broker_url,
             self._ingest.dropped,
+            self.throttles,
         )
         self.http = http.HttpServer(self.health.pages())
         await self.http.start(self.settings.listen_http.host, self.settings.listen_http.port)
@@ -237,7 +242,7 @@ class Daemon:
             join=self.serve_join,
             register=self.moment.register,
             trusted=self.moment.trusted,
-            upload_limit=self.settings.upload_limit,
+            throttles=self.throttles,
         )
         stack.push_async_callback(seeder.close)
         return seeder
@@ -278,6 +283,8 @@ class Daemon:
         self.health.moment = self.moment
         self.judge.trusted = self.moment.trusted
         self.judge.register = self.moment.register
+        if before is None or before.caps != self.moment.caps:
+            self.throttles.update(self.moment.caps.entries, utc_now=time.time())
         if before is None:
             return
         if (
@@ -304,6 +311,7 @@ class Daemon:
                 async with asyncio.timeout(POLL_S):
                     await self._dirty.wait()
             try:
+                self.throttles.follow(utc_now=time.time())
                 if sent := self.seeder.take_sent():
                     await self.writer(status.add_sent, sent)
                 version = await self.writer(GatewayStore.data_version)
@@ -440,7 +448,7 @@ class Daemon:
                 for one in neighbours
                 if one.id != other
             ]
-            await self.announcer.tell_peers(other, told[:PEERS_TOLD])
+            await self.announcer.tell_peers(other, told[:PEERS_TOLD], site=device.site)
 
     # --- what it says of itself ------------------------------------------------------------------------------------
     @property

@@ -15,6 +15,7 @@ from gateway import http
 from gateway.broker import EmbeddedBroker
 from gateway.moment import Moment
 from gateway.seeder import Seeder
+from gateway.throttles import Throttles
 
 BEAT_S: Final = 1.0
 """How often the daemon says that it lives."""
@@ -34,6 +35,7 @@ class Parts:
     broker_url: str
     dropped: Counter[str]
     """Messages of devices that did not count, by reason."""
+    throttles: Throttles
 
 
 class Health:
@@ -77,7 +79,12 @@ class Health:
             },
             "min_site_replication": self.parts.seeder.min_site_replication(),
             "lag_s": round(self.lag_s, 3),
-            "problems": sorted(self.problems.values()) + self.parts.endpoint.warnings(),
+            "caps": self.parts.throttles.facts(),
+            "problems": [
+                *sorted(self.problems.values()),
+                *self.parts.endpoint.warnings(),
+                *self.parts.throttles.problems,
+            ],
         }
 
     def livez(self) -> http.Response:

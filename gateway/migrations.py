@@ -150,3 +150,21 @@ def m001_register(db: Database) -> None:
             data TEXT NOT NULL)""",
     ):
         db.conn.execute(statement)
+
+
+@migrations()
+def m002_caps(db: Database) -> None:
+    for statement in (
+        # Rate caps an operator set; one row in caps_state numbers the changes.
+        """CREATE TABLE caps (
+            scope TEXT NOT NULL CHECK (scope IN ('gateway', 'site', 'device')),
+            target TEXT NOT NULL,
+            upload TEXT NOT NULL,
+            download TEXT NOT NULL,
+            zone TEXT NOT NULL,
+            until REAL,
+            created REAL NOT NULL,
+            PRIMARY KEY (scope, target)) WITHOUT ROWID""",
+        "CREATE TABLE caps_state (id INTEGER PRIMARY KEY CHECK (id = 1), sequence INTEGER NOT NULL)",
+    ):
+        db.conn.execute(statement)

@@ -5,7 +5,7 @@ assignment sets, verified metadata) are kept from the moment before.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgesync import limits
 from edgesync.ids import DeviceId, Digest, PeerKey
@@ -15,7 +15,8 @@ from gateway import catalogue, fleet, register
 from gateway.announcer import Announcement
 from gateway.register import Register
 from gateway.repository import Repository
-from gateway.service import setup
+from gateway.service import caps, setup
+from gateway.service.caps import CapsNow
 from gateway.store import GatewayStore
 
 
@@ -28,6 +29,7 @@ class Moment:
     files: Mapping[str, bytes]
     """The newest metadata, by name on the wire."""
     announcement: Announcement
+    caps: CapsNow = field(default_factory=CapsNow)
 
     def members(self) -> set[PeerKey]:
         return {key for key, device in self.register.by_key.items() if device.state == "accepted"}
@@ -60,6 +62,7 @@ class MomentReader:
             digest: self._manifests.get(digest) or catalogue.load_manifest(store, digest)
             for digest in active
         }
+        caps_now = caps.load(store)
         return Moment(
             now,
             trusted,
@@ -71,7 +74,9 @@ class MomentReader:
                 manifests=self._manifests,
                 sets={device: envelope for device, (_sequence, envelope) in self._sets.items()},
                 active=_working(store),
+                caps=caps_now,
             ),
+            caps_now,
         )
 
     def _read_sets(self, store: GatewayStore) -> None:

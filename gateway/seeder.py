@@ -30,7 +30,6 @@ from edgesync.ids import Digest, PeerKey, PieceId
 from edgesync.io.runner import Runner
 from edgesync.piece_finder import PieceFinder
 from edgesync.rarity import full_mask, mask_from_bits
-from edgesync.rate import TokenBucket
 from edgesync.transport.connection import PeerConnection, PieceAnswer
 from edgesync.transport.endpoint import Endpoint
 from edgesync.trust import Trusted
@@ -54,6 +53,7 @@ from gateway.core import events as e
 from gateway.core.scheduler import Scheduler
 from gateway.packs import PieceStore
 from gateway.register import Register
+from gateway.throttles import Throttles
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Seeder:
         join: Callable[[tuple[str, int], Join, bytes], Awaitable[Joined | JoinRefused]],
         register: Register,
         trusted: Trusted,
-        upload_limit: float = 0,
+        throttles: Throttles | None = None,
         rng: Random | None = None,
     ) -> None:
         self._pieces = pieces
@@ -107,7 +107,7 @@ class Seeder:
         self._join = join
         self._register = register
         self._trusted = trusted
-        self._limit = TokenBucket(upload_limit)
+        self._throttles = throttles or Throttles()
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(READ_THREADS, "seeder")
         self._served: OrderedDict[Digest, Served] = OrderedDict()
@@ -144,6 +144,8 @@ class Seeder:
                 del self._served[digest]
                 self._runner.feed(e.BundleRetired(digest))
         for key, conn in list(self._connections.items()):
+            if key in register.by_key:
+                self._hold(conn)
             if key in register.by_key and not conn.closed.is_set():
                 self._runner.feed(self._connected_event(conn))
 
@@ -185,9 +187,14 @@ class Seeder:
             await conn.close(ErrorCode.NOT_A_MEMBER, "not in the register")
             return
         self._connections[key] = conn
+        self._hold(conn)
         self._sessions += 1
         self._session_of[key] = self._sessions
         self._runner.feed(self._connected_event(conn))
+
+    def _hold(self, conn: PeerConnection) -> None:
+        """To the caps on all that is sent, and on what is sent to its site."""
+        conn.send_caps = self._throttles.limiters(self._register.by_key[conn.peer.key].site)
 
     def _connected_event(self, conn: PeerConnection) -> e.DeviceConnected:
         key = conn.peer.key
@@ -354,7 +361,6 @@ class Seeder:
                 answer = await ahead
                 ahead = read(pieces[position + 1]) if position + 1 < len(pieces) else None
                 if answer.missing is None:
-                    await self._limit.take(len(answer.data))
                     self._count(conn.peer.key, len(answer.data))
                 yield answer
                 index = served.finder.find(piece)

@@ -3,17 +3,19 @@
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from device.bundle_store import BundleStore, StagedBundle
+from device.caps import DeviceCaps, own_caps
 from device.state import StateDatabase
 from device.swarm import Swarm
+from edgesync import caps, piece_codec
 from edgesync import identity as identities
 from edgesync import manifest as manifests
-from edgesync import piece_codec
 from edgesync.identity import CertificateAuthority, Identity
 from edgesync.ids import Digest, PeerIdentity, PeerKey, PieceId
 from edgesync.manifest import Chunking, DirectoryEntry, FileEntry, Manifest
@@ -22,6 +24,7 @@ from edgesync.wire.messages import JoinRefused
 from gateway.packs import StoredPiece
 from gateway.register import Device, Register
 from gateway.seeder import Seeder
+from gateway.throttles import Throttles
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ class SwarmFleet:
         async def join(*_: object) -> JoinRefused:
             return JoinRefused(reason="unknown_token")
 
+        throttles = Throttles([caps.Cap("test", upload=caps.parse(int(upload_limit)))])
+        throttles.update((), utc_now=time.time())
         self.seeder = Seeder(
             pieces=self.packs,  # type: ignore[arg-type]
             manifest=manifest,
@@ -205,7 +210,7 @@ class SwarmFleet:
             join=join,
             register=self.register,
             trusted=self.trusted,  # type: ignore[arg-type]
-            upload_limit=upload_limit,
+            throttles=throttles,
             rng=random.Random(seed),
         )
         self.endpoint = await Endpoint.open(
@@ -248,6 +253,14 @@ class SwarmFleet:
             boot_id="b",
         )
         agent = Agent(name, identity, store)
+        held = DeviceCaps(
+            device_id=name,
+            site="lan",
+            own=own_caps(limits.get("upload_limit", 0), limits.get("download_limit", 0), "UTC"),
+            state=None,
+            in_storage=asyncio.to_thread,
+            utc_now=time.time,
+        )
         agent.swarm = Swarm(
             store=store,
             metadata=lambda _name: None,
@@ -257,7 +270,7 @@ class SwarmFleet:
             ),
             may_read=may_read,
             rng=random.Random(seed or len(self.agents) + 1),
-            **limits,
+            obey_caps=held.obey,
         )
         holder.append(agent.swarm)
         agent.endpoint = await Endpoint.open(

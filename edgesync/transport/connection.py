@@ -27,7 +27,9 @@ from edgesync.errors import (
 from edgesync.ids import Digest, PeerIdentity, PieceId
 from edgesync.peer import session as sessions
 from edgesync.peer.session import BlobQuestion, PieceQuestion, Session, code_of, opening_question
+from edgesync.rate import TokenBucket
 from edgesync.transport.link import Link, Stream
+from edgesync.transport.throttle import OVERHEAD, ReceiveCap
 from edgesync.transport.udp import plain
 from edgesync.wire import codec
 from edgesync.wire.messages import (
@@ -47,6 +49,8 @@ from edgesync.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+UNCAPPED_STEP_BYTES = 1 << 20
+"""A cap that is set is noticed after so many bytes of a piece at the latest."""
 MissingReason = Literal["gone", "not_held", "refused", "busy"]
 
 
@@ -100,6 +104,10 @@ class PeerConnection:
         self.bytes_in = 0
         """Piece bodies received, as carried."""
         self.bytes_out = 0
+        self.send_caps: tuple[TokenBucket, ...] = ()
+        """Shared with other connections: bodies of answers are sent no faster than the lowest."""
+        self.receive_caps: tuple[ReceiveCap, ...] = ()
+        """Shared with other connections: bodies of answers are read no faster than the lowest."""
         self.closed = asyncio.Event()
         self.error: EdgeSyncError | None = None
         self._link = link
@@ -194,10 +202,50 @@ class PeerConnection:
                 if isinstance(header, Missing):
                     yield PieceAnswer(PieceId(header.piece), missing=header.reason)
                     continue
-                body = await stream.read_exactly(header.length, stall_s=stall_s)
+                body = await self._read_body(stream, header.length, stall_s)
                 self.bytes_in += header.length
                 yield PieceAnswer(PieceId(header.piece), header.encoding, body)
             await stream.expect_end(stall_s=stall_s)
+
+    async def _read_body(self, stream: Stream, length: int, stall_s: float) -> bytes:
+        """Bytes of an answer as fast as the caps allow; they may change meanwhile."""
+        body = bytearray()
+        while (left := length - len(body)) > 0:
+            held = [cap for cap in self.receive_caps if cap.rate_bytes_s]
+            if not held:
+                stream.hold_back(None)
+                step = min(left, UNCAPPED_STEP_BYTES)
+                if step == length:
+                    return await stream.read_exactly(length, stall_s=stall_s)
+            for cap in held:
+                cap.streams += 1
+            try:
+                if held:
+                    window = min(cap.window_bytes(self.rtt) for cap in held)
+                    stream.hold_back(window)
+                    step = min(left, window // 4)
+                    for cap in held:
+                        await cap.take(int(step * OVERHEAD))
+                body += await stream.read_exactly(step, stall_s=stall_s)
+            finally:
+                for cap in held:
+                    cap.streams -= 1
+        return bytes(body)
+
+    async def _write_body(self, stream: Stream, data: bytes) -> None:
+        """Bytes of an answer as fast as the caps allow; they may change meanwhile."""
+        at = 0
+        while at < len(data):
+            held = [cap for cap in self.send_caps if cap.rate_bytes_s]
+            if not held:
+                stream.write(data[at:] if at else data)
+                break
+            step = min(cap.step_bytes for cap in held)
+            for cap in held:
+                await cap.take(int(min(step, len(data) - at) * OVERHEAD))
+            stream.write(data[at : at + step])
+            at += step
+            await stream.drain()
 
     async def fetch(
         self, name: str, max_bytes: int, *, stall_s: float = limits.STALL_TIMEOUT_S
@@ -315,7 +363,11 @@ class PeerConnection:
                     header = PieceHeader(
                         piece=answer.piece, encoding=answer.encoding, length=len(answer.data)
                     )
-                    stream.write(codec.encode(header) + answer.data)
+                    if self.send_caps:
+                        stream.write(codec.encode(header))
+                        await self._write_body(stream, answer.data)
+                    else:
+                        stream.write(codec.encode(header) + answer.data)
                     self.bytes_out += len(answer.data)
                 await stream.drain()
         finally:

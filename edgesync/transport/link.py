@@ -73,6 +73,7 @@ class Stream:
         self._link = link
         self._quic_stream = quic_stream
         self._window = quic_stream.max_stream_data_local
+        self._ceiling: int | None = None
         self._reserved = 0
         self.follows_path = False
         self._buffer = ReadBuffer()
@@ -104,6 +105,11 @@ class Stream:
         """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least."""
         self.follows_path = True
         self.widen_to(self._link.first_answer_window())
+
+    def hold_back(self, window: int | None) -> None:
+        """Let the peer be no more than ``window`` bytes ahead, whatever was granted; None: as granted."""
+        self._ceiling = window
+        self._raise_limit()
 
     def widen_to(self, window: int) -> None:
         extra = window - self._window
@@ -193,8 +199,9 @@ class Stream:
         self._link.consumed(count)
 
     def _raise_limit(self) -> None:
-        limit = self._consumed + self._window
-        if limit - self._quic_stream.max_stream_data_local >= self._window // 4:
+        window = self._window if self._ceiling is None else min(self._window, self._ceiling)
+        limit = self._consumed + window
+        if limit - self._quic_stream.max_stream_data_local >= window // 4:
             self._quic_stream.max_stream_data_local = limit
             self._link.transmit_soon()
 

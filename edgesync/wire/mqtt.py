@@ -134,7 +134,7 @@ class ToldPeer(Struct, frozen=True, kw_only=True):
     addresses: Annotated[list[Address], Meta(min_length=1, max_length=8)]
 
 
-class Peers(Struct, frozen=True, kw_only=True):
+class Peers(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Members near one device, for when it hears nobody itself."""
 
     device: Name
@@ -143,6 +143,8 @@ class Peers(Struct, frozen=True, kw_only=True):
     issued: Seconds
     expires: Seconds
     peers: Annotated[list[ToldPeer], Meta(max_length=limits.MAX_PEERS_TOLD)]
+    site: ShortText = ""
+    """Which site the gateway takes the device to be at: whose caps it obeys."""
 
 
 class HeldBundle(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -236,8 +238,26 @@ class Progress(Struct, frozen=True, kw_only=True):
     transfers: Annotated[list[TransferProgress], Meta(max_length=4)]
 
 
-class Caps(Struct, frozen=True, kw_only=True):
-    """Ceilings a gateway sets for its whole region."""
+CapScope = Literal["gateway", "site", "device"]
+CapText = Annotated[str, Meta(max_length=limits.MAX_CAP_TEXT_CHARS)]
+
+
+class CapEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The ceiling of one target; texts such as ``08:00-18:00 200kB/s; 2MB/s`` (``edgesync.caps``), empty: none."""
+
+    scope: CapScope
+    target: ShortText
+    upload: CapText = ""
+    download: CapText = ""
+    zone: ShortText = "UTC"
+    until: Seconds | None = None
+
+
+class Caps(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ceilings a gateway sets: the numbers for its whole region, the entries for one target each.
+
+    The whole of it each time; the higher ``sequence`` counts, then the later ``issued``.
+    """
 
     gateway: Name
     sequence: Sequence
@@ -245,6 +265,7 @@ class Caps(Struct, frozen=True, kw_only=True):
     expires: Seconds
     upload_bytes_s: Count | None = None
     download_bytes_s: Count | None = None
+    caps: Annotated[list[CapEntry], Meta(max_length=limits.MAX_CAPS)] = []
 
 
 class Revoked(Struct, frozen=True, kw_only=True):

@@ -69,7 +69,7 @@ POLICIES: Final = MappingProxyType(
         Kind.TUF_FILE: Policy("g", "gateway", 1, True, limits.SOFT_MQTT_PAYLOAD_BYTES, "by digest"),
         Kind.BUNDLE: Policy("g", "gateway", 1, True, limits.SOFT_MQTT_PAYLOAD_BYTES, "by digest"),
         Kind.REVOKED: Policy("g", "gateway", 1, True, limits.SOFT_MQTT_PAYLOAD_BYTES, "gateway"),
-        Kind.CAPS: Policy("g", "gateway", 1, True, limits.MAX_COMMAND_BYTES, "gateway"),
+        Kind.CAPS: Policy("g", "gateway", 1, True, limits.MAX_CAPS_BYTES, "gateway"),
         Kind.ASSIGN: Policy(
             "d", "gateway", 1, True, limits.MAX_ASSIGNMENT_SET_BYTES, "assignment key"
         ),

@@ -182,6 +182,8 @@ def _print_status(now: dict[str, Any]) -> None:
     replication = now["min_site_replication"]
     typer.echo(f"copies   {'nothing active' if replication is None else replication}")
     typer.echo(f"sent     {output.size(now['bytes_out'])}")
+    for cap in now["caps"]:
+        typer.echo(f"cap      {output.clean(cap['what'])} {output.clean(cap['text'])}")
     if now["sites"]:
         output.print_table(
             ("SITE", "DEVICES", "SENT"),

@@ -49,6 +49,7 @@ def read(store: GatewayStore, *, utc_now: float) -> dict[str, Any]:
         "started": runtime["started"],
         "broker": broker,
         "quic": runtime["quic"],
+        "caps": runtime.get("caps", []),
         "devices": {
             state: counts[state] for state in ("accepted", "pending", "rejected", "online")
         },

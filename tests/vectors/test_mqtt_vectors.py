@@ -24,6 +24,7 @@ TYPES = {
     "report": mqtt.Report,
     "peers": mqtt.Peers,
     "rsp": mqtt.Rsp,
+    "caps": mqtt.Caps,
 }
 
 
