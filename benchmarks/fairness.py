@@ -160,6 +160,8 @@ def measure(case: Case, *, window_s: float, payload: Payload) -> Row:
                 time.sleep(min(1.0, window_s - elapsed))
                 samples.append([flow.received() for flow in running])
             took = time.monotonic() - began
+            rig.stop_counting()
+        others = rig.others_busy()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     rates = [8 * (b - a) / took for a, b in zip(samples[0], samples[-1], strict=True)]
@@ -168,6 +170,7 @@ def measure(case: Case, *, window_s: float, payload: Payload) -> Row:
         "bit_s": [round(rate) for rate in rates],
         "jain": round(jain(rates), 4),
         "window_s": round(took, 2),
+        "others_busy": others,
         "samples": samples,
     }
 
@@ -291,7 +294,8 @@ def markdown(results: Results) -> str:
         "",
         "Measured on "
         + " / ".join(sorted({"; ".join(r["machine"].values()) for r in results.rows}))
-        + f"; EdgeSync at {', '.join(sorted({r['revision'] for r in results.rows}))}.",
+        + f"; EdgeSync at {', '.join(sorted({r['revision'] for r in results.rows}))}. Processes that were not part of a run "
+        f"took {100 * max(r['others_busy'] for r in results.rows):.0f} % of the cores beside it at most.",
         "",
         *(f"- {line}" for line in verdicts(results)),
         "",
@@ -366,7 +370,11 @@ def main() -> int:
                 f"{name} {rate / MBIT:.2f}"
                 for name, rate in zip(row["flows"], row["bit_s"], strict=True)
             )
-            print(f"{case.key} run {number}: {shares} Mbit/s, Jain {row['jain']:.3f}", flush=True)
+            print(
+                f"{case.key} run {number}: {shares} Mbit/s, Jain {row['jain']:.3f}, "
+                f"others took {100 * row['others_busy']:.0f} % of the cores",
+                flush=True,
+            )
     if not options.only or "alone" in options.only:
         solo_rows(results, options.repeat, int(float(options.size.removesuffix("MB")) * MB))
     for line in verdicts(results):

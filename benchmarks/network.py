@@ -23,7 +23,6 @@ from benchmarks.netbench.swarms import Libtorrent, Syncthing
 from benchmarks.netbench.transfer import Contender, Payload
 
 SCHEMA = "edgesync.bench-network/1"
-QUICK_SIZE = 10 * MB
 
 
 def contenders(cache: Path) -> dict[str, Contender]:
@@ -50,7 +49,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.network", description=__doc__)
     parser.add_argument("--only", action="append", default=[], metavar="LINK", choices=LINKS)
     parser.add_argument("--tools", default="", help="comma-separated: edgesync-bbr,curl-bbr,…")
-    parser.add_argument("--size", default="100MB", help="payload, such as 100MB")
+    parser.add_argument(
+        "--size", default="", help="payload, such as 20MB (100MB; with --quick 10MB)"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="10 MB, one run, no page in docs")
     parser.add_argument("--fresh", action="store_true", help="forget the rows there are")
@@ -59,9 +60,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.repeat = 1
-        if options.size == parser.get_default("size"):
-            options.size = f"{QUICK_SIZE // MB}MB"
-    size = int(float(options.size.removesuffix("MB")) * MB)
+    size = int(float(options.size.removesuffix("MB") or (10 if options.quick else 100)) * MB)
     folder = CACHE / "quick" if options.quick else DOCS
     rows: Path = options.rows or folder / "network.json"
     results = Results(rows, schema=SCHEMA, fresh=options.fresh)
@@ -116,7 +115,7 @@ def _measure(
                         lambda work, link=link: behind([link], work),
                         able[key],
                         payload,
-                        rate_bit_s=link.usable_bit_s,
+                        rate_bit_s=link.patience_bit_s,
                     )
                 except LabError as exc:
                     print(f"{link.key:11} {key:17} run {number}: no figure: {exc}", flush=True)
@@ -146,7 +145,7 @@ def _line(link: Link, key: str, number: int, row: dict[str, Any]) -> str:
         f"{link.key:11} {key:17} run {number}: {rate / 1e6:7.2f} Mbit/s = {100 * rate / link.usable_bit_s:5.1f} %, "
         f"{done}/{len(devices)} done, last seen done at {last:.1f} s, "
         f"WAN {row['wan_down_bytes'] / 1e6:.1f} MB down {row['wan_up_bytes'] / 1e6:.2f} MB up, "
-        f"CPU {row['cpu_source_s']} + {row['cpu_devices_s']} s"
+        f"CPU {row['cpu_source_s']} + {row['cpu_devices_s']} s, others took {100 * row['others_busy']:.0f} % of the cores"
     )
 
 

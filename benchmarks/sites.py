@@ -65,7 +65,8 @@ class Sites:
             f"forwarder-{number}": round(cpu_seconds(pid) - before, 2)
             for number, (pid, before) in enumerate(forwarders.items(), 1)
         }
-        carried = rig.wan_bytes()
+        rig.stop_counting()
+        carried, others = rig.wan_bytes(), rig.others_busy()
         if not all(result.finished for result in done):
             raise LabError(
                 f"at {rate_bit_s / MBIT:.1f} Mbit/s {sum(not r.finished for r in done)} devices did not finish"
@@ -95,6 +96,7 @@ class Sites:
             "wire_bytes": wire,
             "one_copy_s": round(one_copy_s, 2),
             "busy": round(sum(cpu.values()) / took / (os.cpu_count() or 1), 3),
+            "others_busy": others,
             "cpu": cpu,
             "seconds": round(took, 2),
             "sites": sites,
@@ -105,12 +107,17 @@ class Sites:
         """The highest rate at which the machine is not busy, by trials of one copy in ``TRIAL_S``."""
         good, bad, rate = 0.0, HIGHEST_BIT_S * FINER, START_BIT_S
         while bad / max(good, 1.0) > FINER and rate <= HIGHEST_BIT_S:
-            trial = self.deliver(rate, int(rate * TRIAL_S / 8))
-            print(_line("trial", trial), flush=True)
-            if trial["busy"] <= BUSY:
-                good = rate
-            else:
+            try:
+                trial = self.deliver(rate, int(rate * TRIAL_S / 8))
+            except LabError as exc:
+                print(f"trial: {exc}", flush=True)
                 bad = rate
+            else:
+                print(_line("trial", trial), flush=True)
+                if trial["busy"] <= BUSY:
+                    good = rate
+                else:
+                    bad = rate
             if good == 0 and rate < START_BIT_S / 8:
                 raise LabError("this machine is busy at any rate: stop what else it does")
             rate = (
@@ -126,7 +133,7 @@ def _line(what: str, row: dict[str, Any]) -> str:
     last = "/".join(f"{s['last_s'] / row['one_copy_s']:.2f}" for s in sites)
     return (
         f"{what} {row['rate_bit_s'] / MBIT:.1f} Mbit/s, {row['size'] / MB:.1f} MB: busy {100 * row['busy']:.0f} % of the "
-        f"cores; by site: pieces {pieces}, link {link} of the wire bytes, last device {last} × one copy"
+        f"cores (what is not of this run: {100 * row['others_busy']:.0f} %); by site: pieces {pieces}, link {link} of the wire bytes, last device {last} × one copy"
     )
 
 
@@ -164,15 +171,15 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         *(f"- {line}" for line in report(rows)),
         "",
         "| run | site | pieces / wire bytes | link / wire bytes | back / wire bytes | from peers / wire bytes | first device s "
-        "| last device s | operator sees it s | one copy s | cores busy |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| last device s | operator sees it s | one copy s | cores busy | by others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, row in enumerate(rows, 1):
         for site_number, site in enumerate(row["sites"], 1):
             out.append(
                 f"| {number} | {site_number} | {site['pieces_ratio']:.3f} | {site['link_ratio']:.3f} | {site['back_ratio']:.3f} "
                 f"| {site['peers_ratio']:.2f} | {site['first_s']:.1f} | {site['last_s']:.1f} | {site['last_seen_s']:.1f} "
-                f"| {row['one_copy_s']:.1f} | {100 * row['busy']:.0f} % |"
+                f"| {row['one_copy_s']:.1f} | {100 * row['busy']:.0f} % | {100 * row['others_busy']:.0f} % |"
             )
     out += ["", "| process | CPU s in run 1 | % of a core |", "|---|---|---|"]
     for name, used in sorted(rows[0]["cpu"].items()):

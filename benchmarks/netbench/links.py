@@ -38,6 +38,11 @@ class Link:
         return max(10_000, int(self.queue_bdp * self.rate_bit_s * self.rtt_s / 8))
 
     @property
+    def patience_bit_s(self) -> float:
+        """What impatience is measured by: without an impairment the processes are the limit, not the link."""
+        return self.usable_bit_s if self.rtt_s else 20 * MBIT
+
+    @property
     def usable_bit_s(self) -> float:
         """What gets through at IP level."""
         return self.rate_bit_s * (1 - self.loss)

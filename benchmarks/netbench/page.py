@@ -77,6 +77,7 @@ def _order(results: Results, link: Link, size: int, labels: Mapping[str, str]) -
 def _method(results: Results, size: int) -> list[str]:
     machines = sorted({"; ".join(row["machine"].values()) for row in results.rows})
     commits = sorted({row["revision"] for row in results.rows})
+    others = Spread.of([row["others_busy"] for row in results.rows])
     return [
         f"Payload {size / 1e6:g} MB of seeded random bytes in one file, the same for all. Goodput is payload over the time "
         "from the first request to verified (each tool's own check, `sha256sum` after curl). Rate is at IP level, loss is "
@@ -88,7 +89,10 @@ def _method(results: Results, size: int) -> list[str]:
         "",
         "CPU is processor seconds of all processes of the source and of the devices, user and system, from the command on.",
         "",
-        "Measured on " + " / ".join(machines) + f"; EdgeSync at {', '.join(commits)}.",
+        "Measured on "
+        + " / ".join(machines)
+        + f"; EdgeSync at {', '.join(commits)}. Processes that were not part of a run "
+        f"took {100 * others.median:.0f} % of the cores beside it, {100 * others.high:.0f} % at most.",
         "",
         "```sh",
         "make bench-network                                   # everything, needs root",

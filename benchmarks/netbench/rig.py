@@ -4,6 +4,7 @@ It knows no contender. Everything started here is stopped by ``close``, in good 
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ class Rig:
         self._wan_before = self._counters()
         self._wan_after: list[Carried] | None = None
         self._cpu_before: dict[str, float] = {}
+        self._machine_before = self._machine()
+        self._machine_after: tuple[float, float, float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,11 +113,28 @@ class Rig:
     def mark(self) -> None:
         """The operator's command comes now: link bytes and processor time count from here on."""
         self._wan_before, self._wan_after = self._counters(), None
+        self._machine_before, self._machine_after = self._machine(), None
         self._cpu_before = {child.name: child.cpu_s() for child in self.children}
 
     def stop_counting(self) -> None:
         """All is done: what closing connections costs does not count."""
-        self._wan_after = self._counters()
+        self._wan_after, self._machine_after = self._counters(), self._machine()
+
+    def others_busy(self) -> float:
+        """Share of the machine's cores that nothing of this run used, from ``mark`` to ``stop_counting``.
+
+        The kernel's own work for packets is in it. Ask after ``close``, when all children's time is known.
+        """
+        after = self._machine_after or self._machine()
+        took, busy, forwarded = (a - b for a, b in zip(after, self._machine_before, strict=True))
+        ours = forwarded + sum(self.cpu_s().values())
+        return round(max(0.0, busy - ours) / (took * (os.cpu_count() or 1)), 3)
+
+    def _machine(self) -> tuple[float, float, float]:
+        """Now; busy seconds of all cores; those of this laboratory's forwarders."""
+        fields = [int(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(cpu_seconds(pid) for pid in self.forwarder_pids())
 
     def wan_bytes(self) -> list[Carried]:
         """Carried by each thin link since ``mark``."""

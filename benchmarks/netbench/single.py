@@ -53,4 +53,5 @@ def run_once(
         "cpu_source_s": round(at_source, 2),
         "cpu_devices_s": round(sum(cpu.values()) - at_source, 2),
         "cpu": cpu,
+        "others_busy": rig.others_busy(),
     }

@@ -228,7 +228,7 @@ class _Node:
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            return self.ask("GET", "/rest/system/ping") == {"ping": "pong"}
+            return bool(self.ask("GET", "/rest/system/ping") == {"ping": "pong"})
         return False
 
     def connections(self, transport: str) -> int:

@@ -77,4 +77,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(*sys.argv[2:4])
     else:
-        run(*sys.argv[1:6], peers=sys.argv[6:])  # type: ignore[misc]
+        role, torrent, folder, address, status, *peers = sys.argv[1:]
+        run(role, torrent, folder, address, status, peers)
