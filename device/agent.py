@@ -35,6 +35,7 @@ from device.telemetry import Telemetry
 from device.trust_store import TrustStore
 from edgesync import __version__, config
 from edgesync.cli.errors import run as run_command
+from edgesync.config import HostPort, parse_host_port
 from edgesync.errors import (
     ConfigError,
     EdgeSyncError,
@@ -134,7 +135,11 @@ class Agent:
             while self._member.state != "accepted" and not self._stopping.is_set():
                 try:
                     self._member = await joining.ask_again(
-                        self._data, self._identity, self._member, self._settings.gateway_quic
+                        self._data,
+                        self._identity,
+                        self._member,
+                        self._settings.gateway_quic,
+                        self._settings.proxies(),
                     )
                     self._notes.pop("join", None)
                 except NotAuthorizedError as exc:
@@ -190,6 +195,7 @@ class Agent:
                     agent=f"edgesync {__version__}",
                     congestion=settings.congestion,
                     versions=self._versions,
+                    proxy=settings.proxies(),
                 ),
             )
         except OSError as exc:
@@ -224,6 +230,8 @@ class Agent:
             in_storage=self._in_storage,
             utc_now=self._trust_store.now,
             config=LinkConfig(max_backoff_s=settings.reconnect_max),
+            doors=self._mqtt_doors,
+            proxies=settings.proxies(),
         )
         await control.start()
         stack.push_async_callback(control.close)
@@ -401,6 +409,10 @@ class Agent:
             return [str(self._settings.gateway_quic)]
         return self._member.gateway_quic
 
+    def _mqtt_doors(self) -> list[HostPort]:
+        """The gateway's TLS ports, which pass MQTT on."""
+        return [parse_host_port(text, default_port=7443) for text in self._gateway_addresses()[:2]]
+
     def _served(self, name: str) -> bytes | None:
         """What a peer may fetch by name: metadata, and this device's own assignment set."""
         if name == f"assign/{self._member.id}":
@@ -546,6 +558,7 @@ class Agent:
         link = self._telemetry.link.status()
         if self._metadata.problem:
             problems.append(self._metadata.problem)
+        problems += filter(None, (self._swarm.carrier_problem(), link.detour))
         problems += [str(problem) for problem in self._metadata.trusted.problems]
         problems += self._caps.problems
         rows = self._rows()
@@ -557,6 +570,7 @@ class Agent:
                 "last_seen": self._telemetry.last_seen,
                 "broker": link.broker,
                 "detail": link.last_error,
+                "carrier": self._swarm.gateway_carrier,
             },
             peers=self._swarm.peers(),
             executions=rows,

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgesync import caps
-from edgesync.config import HostPort, boolean, host_port, one_of, parse_duration, setting
+from edgesync.config import HostPort, boolean, host_port, one_of, parse_duration, setting, text
+from edgesync.errors import ConfigError
+from edgesync.io import proxy
+from edgesync.io.proxy import ProxySettings
 from edgesync.transport.controller_names import AUTO, SETTINGS
 
 QUIC_PORT = 7443
@@ -15,6 +18,13 @@ def _interface(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9.:%_-]{0,64}", value):
         raise ValueError(f"{value!a} is not an interface name or an address")
     return value
+
+
+def _proxy(value: Any) -> str:
+    url = text(value)
+    if url and url != proxy.NONE:
+        proxy.parse(url)
+    return url
 
 
 def _optional_host_port(value: Any) -> HostPort | None:
@@ -38,6 +48,12 @@ class AgentSettings:
         None,
         _optional_host_port,
         "Reach the gateway's QUIC port here instead of where it says (NAT, relay); empty: as it says.",
+    )
+    proxy: str = setting(
+        "",
+        _proxy,
+        "HTTP proxy for TLS to the gateway and its broker, http://[USER:PASSWORD@]HOST[:PORT]; "
+        "empty: as HTTPS_PROXY and NO_PROXY say; none: never.",
     )
     mdns: bool = setting(True, boolean, "Announce this device and find peers by mDNS.")
     upload_limit: int | str = setting(
@@ -64,3 +80,10 @@ class AgentSettings:
         parse_duration,
         "Longest wait before the broker is tried again; the waits are random so that a fleet does not return as one.",
     )
+
+    def proxies(self) -> ProxySettings:
+        """Raises ConfigError: HTTPS_PROXY is no proxy."""
+        try:
+            return proxy.settings(self.proxy)
+        except ValueError as exc:
+            raise ConfigError(f"proxy, or HTTPS_PROXY: {exc}") from exc

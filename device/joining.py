@@ -8,6 +8,7 @@ token only as long as the device is pending.
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 
 from device.config import AgentSettings
 from device.metadata import Metadata
+from device.reaching import UdpVerdict, reach
 from device.trust_store import TrustStore
 from edgesync import __version__, config, jointoken, limits, trust
 from edgesync.config import HostPort, parse_host_port
@@ -34,6 +36,7 @@ from edgesync.errors import (
 )
 from edgesync.identity import Identity
 from edgesync.ids import DeviceId, GatewayId, PeerKey, PieceId
+from edgesync.io.proxy import ProxySettings
 from edgesync.jointoken import JoinToken
 from edgesync.manifest import NAME_PATTERN
 from edgesync.storage.atomic import replace_file
@@ -50,6 +53,7 @@ from edgesync.wire.messages import (
 )
 
 JOIN_TIMEOUT_S = 15.0
+DIAL_TIMEOUT_S = 5.0
 _REFUSALS = {
     "unknown_token": "the gateway does not know this token: was it made on this gateway?",
     "expired": "the token has expired: make a new one on the gateway with `edgesync token create`",
@@ -113,7 +117,9 @@ def join(
     identity = load_or_make_identity(data)
     name = _device_id(device_id, identity)
     gateway = _parse(gateway_quic) if gateway_quic else None
-    membership = asyncio.run(_ask(data, identity, token, token_text, name, hardware, gateway))
+    membership = asyncio.run(
+        _ask(data, identity, token, token_text, name, hardware, gateway, _proxies())
+    )
     if not data.config.exists():
         flags = {"gateway_quic": gateway_quic} if gateway_quic else {}
         data.config.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +143,7 @@ def recover(data: DataDir, token_text: str, *, gateway_quic: str | None) -> dict
         identity = load_or_make_identity(data)
         gateway = _parse(gateway_quic) if gateway_quic else None
         membership = asyncio.run(
-            _ask(data, identity, token, token_text, held.id, held.hardware, gateway)
+            _ask(data, identity, token, token_text, held.id, held.hardware, gateway, _proxies())
         )
         state = StateDatabase.open(data.state_database)
         store = BundleStore.open(data.path, state)
@@ -155,11 +161,15 @@ def recover(data: DataDir, token_text: str, *, gateway_quic: str | None) -> dict
 
 
 async def ask_again(
-    data: DataDir, identity: Identity, held: Membership, gateway: HostPort | None
+    data: DataDir,
+    identity: Identity,
+    held: Membership,
+    gateway: HostPort | None,
+    proxies: ProxySettings,
 ) -> Membership:
     """While pending: the same question with the same key. Raises EdgeSyncError."""
     token = jointoken.decode(held.token)
-    return await _ask(data, identity, token, held.token, held.id, held.hardware, gateway)
+    return await _ask(data, identity, token, held.token, held.id, held.hardware, gateway, proxies)
 
 
 def load_or_make_identity(data: DataDir) -> Identity:
@@ -190,6 +200,11 @@ def _parse(text: str) -> HostPort:
         raise UsageError(f"--gateway-quic: {exc}") from exc
 
 
+def _proxies() -> ProxySettings:
+    """Before there is a configuration, the environment alone names a proxy."""
+    return AgentSettings().proxies()
+
+
 def _device_id(given: str | None, identity: Identity) -> DeviceId:
     if given is not None:
         if not re.fullmatch(NAME_PATTERN, given):
@@ -207,6 +222,7 @@ async def _ask(
     device_id: DeviceId,
     hardware: str,
     gateway: HostPort | None,
+    proxies: ProxySettings,
 ) -> Membership:
     addresses = (
         [gateway]
@@ -219,7 +235,7 @@ async def _ask(
         identity=identity,
         judge=_nobody,
         handler=_Nobody(),
-        config=EndpointConfig(),
+        config=EndpointConfig(proxy=proxies),
     )
     try:
         connection = await _connect(endpoint, addresses, token.gateway_key)
@@ -304,9 +320,16 @@ def _nobody(_certificate: bytes) -> Any:
 async def _connect(endpoint: Endpoint, addresses: list[HostPort], key: PeerKey) -> JoinConnection:
     """Dial the gateway's addresses in turn. Raises PeerUnreachableError naming all, or what the last one said."""
     error: EdgeSyncError | None = None
+    verdict = UdpVerdict()
     for address in addresses:
         try:
-            return await endpoint.join((address.host, address.port), expected_key=key)
+            target = (address.host, address.port)
+            return await reach(
+                verdict,
+                target,
+                functools.partial(endpoint.join, target, expected_key=key),
+                timeout_s=DIAL_TIMEOUT_S,
+            )
         except NotAuthorizedError as exc:
             raise NotAuthorizedError(
                 f"another gateway than the token's answers at {address}: was the token made on this gateway?"
@@ -315,7 +338,7 @@ async def _connect(endpoint: Endpoint, addresses: list[HostPort], key: PeerKey) 
             error = exc
     where = ", ".join(str(address) for address in addresses)
     raise PeerUnreachableError(
-        f"the gateway cannot be reached at {where} (UDP): {error or 'the token names no address'}"
+        f"the gateway cannot be reached at {where} (UDP, then TCP): {error or 'the token names no address'}"
     ) from error
 
 

@@ -9,6 +9,7 @@ GATEWAY_IDLE_S longer; a quarantined key is not dialed, asked or served.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import random
@@ -20,6 +21,14 @@ from device.bundle_store import BundleStore, StagedBundle
 from device.core import events as e
 from device.discovery import Candidate, Verdict
 from device.peer_link import PeerLink
+from device.reaching import (
+    PROBE_TIMEOUT_S,
+    UdpVerdict,
+    network_towards,
+    probe,
+    reach,
+    sentence,
+)
 from device.serving import MayRead, Uploads
 from device.transfer import Transfer
 from edgesync import limits
@@ -64,6 +73,7 @@ GATEWAY_IDLE_S: Final = 30.0
 FIRST_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 30.0
 DIAL_TIMEOUT_S: Final = 3.0
+PROBE_LOOK_S: Final = 5.0
 SILENT_S: Final = 2.0
 """A session from which nothing came for this long gives way to a new one of the same peer."""
 MAX_DIALS: Final = 4
@@ -116,6 +126,9 @@ class Swarm:
         self._gateway_ready = asyncio.Event()
         self._gateway_tried = asyncio.Event()
         self._gateway_problem = "not connected yet"
+        self._gateway_at: tuple[str, int] | None = None
+        self.udp = UdpVerdict()
+        self._prober: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -126,9 +139,14 @@ class Swarm:
         self._keeper = asyncio.get_running_loop().create_task(
             self._keep_gateway(), name="gateway session"
         )
+        self._prober = asyncio.get_running_loop().create_task(self._probe_udp(), name="probe UDP")
 
     async def close(self) -> None:
-        tasks = [task for task in (self._keeper, *self._dialing.values()) if task is not None]
+        tasks = [
+            task
+            for task in (self._keeper, self._prober, *self._dialing.values())
+            if task is not None
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -368,15 +386,49 @@ class Swarm:
         for text in list(self._gateway_addresses())[:8]:
             try:
                 address = _address(text)
-                await self._endpoint.connect(
-                    address, expected_key=self._gateway_key(), timeout_s=DIAL_TIMEOUT_S
+                await reach(
+                    self.udp,
+                    address,
+                    functools.partial(
+                        self._endpoint.connect, address, expected_key=self._gateway_key()
+                    ),
+                    timeout_s=DIAL_TIMEOUT_S,
                 )
             except EdgeSyncError as exc:
                 error = exc
             else:
                 if self._gateway is not None:
+                    self._gateway_at = address
                     return
         raise error
+
+    @property
+    def gateway_carrier(self) -> str:
+        """``QUIC`` or ``TLS``; empty without a session."""
+        return self._gateway.conn.carrier if self._gateway is not None else ""
+
+    def carrier_problem(self) -> str:
+        """A sentence while UDP to the gateway is taken for blocked; else empty."""
+        at = self._gateway_at
+        return sentence(at[1]) if at and self.udp.is_blocked(network_towards(at)) else ""
+
+    async def _probe_udp(self) -> None:
+        """While the gateway is reached over TLS, look now and then whether UDP gets through again."""
+        while True:
+            await asyncio.sleep(PROBE_LOOK_S)
+            at, link = self._gateway_at, self._gateway
+            if at is None or link is None or link.conn.carrier != "TLS" or self._endpoint is None:
+                continue
+            due = self.udp.probe_at(network_towards(at))
+            if due is not None and self._loop.time() < due:
+                continue
+            dial = functools.partial(
+                self._endpoint.connect,
+                at,
+                expected_key=self._gateway_key(),
+                timeout_s=PROBE_TIMEOUT_S,
+            )
+            await probe(self.udp, at, dial)
 
     def _drop_gateway(self, link: PeerLink) -> None:
         if self._gateway is not link:

@@ -9,16 +9,18 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from device.outbox import Outbox
+from edgesync.config import HostPort
 from edgesync.errors import EdgeSyncError
 from edgesync.identity import Identity
 from edgesync.ids import DeviceId, GatewayId, PeerKey
 from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink, Will
+from edgesync.io.proxy import ProxySettings
 from edgesync.wire import mqtt, topics
 from edgesync.wire.topics import Kind
 
@@ -57,6 +59,8 @@ class Telemetry:
         in_storage: Callable[..., Awaitable[Any]],
         utc_now: Callable[[], float] = time.time,
         config: LinkConfig | None = None,
+        doors: Callable[[], Sequence[HostPort]] = tuple,
+        proxies: ProxySettings | None = None,
     ) -> None:
         """``state`` makes a State whose epoch, sequence and ``online`` are filled in here."""
         self._id = device_id
@@ -88,6 +92,8 @@ class Telemetry:
             will=self._will,
             on_connect=self._connected,
             config=config,
+            doors=doors,
+            proxies=proxies,
         )
 
     def state_changed(self) -> None:

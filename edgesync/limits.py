@@ -100,6 +100,17 @@ LAN_WINDOW_BYTES: Final = 2 * MIB
 """Bytes in flight towards all peers on short paths together: more overflows a receiver's socket, not the path."""
 MIN_LAN_WINDOW_BYTES: Final = 256 * KIB
 """A connection's part of it, however many there are: enough for 1 Gbit/s at 2 ms."""
+MAX_CLIENT_HELLO_BYTES: Final = 4 * KIB
+"""A ClientHello on the TLS port: looked at in the kernel's buffer before anything is decided, so it must be short."""
+MAX_MUX_DATA_BYTES: Final = 16 * KIB - 8
+"""Stream bytes in one frame over TLS: with its header it fills one TLS record."""
+MAX_MUX_REASON_BYTES: Final = 200
+MAX_MUX_ANSWERS: Final = 256
+"""Control frames that wait to be sent: a peer that provokes them and does not read loses the connection."""
+TLS_SEND_BYTES: Final = 64 * KIB
+"""Encrypted bytes of a connection that wait for the socket before its streams do."""
+MAX_PROXY_ANSWER_BYTES: Final = 8 * KIB
+"""What an HTTP proxy may answer to CONNECT."""
 MAX_LEASE_PIECES: Final = 256
 MAX_MANIFESTS_PER_CONNECTION: Final = 16
 """Manifests one peer may announce bitfields for."""

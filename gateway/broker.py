@@ -55,7 +55,7 @@ from edgesync import limits
 from edgesync.errors import ConfigError, EdgeSyncError
 from edgesync.identity import Identity
 from edgesync.ids import PeerIdentity
-from edgesync.io.mqtt import load_identity
+from edgesync.io.tls import load_identity
 from edgesync.wire import topics
 from edgesync.wire.topics import Topic
 
@@ -426,18 +426,22 @@ class EmbeddedBroker(Broker):  # type: ignore[misc]  # amqtt carries no types
                 logger.warning("broker: cannot accept a connection: %s", exc)
                 await asyncio.sleep(0.1)
                 continue
-            host = str(address[0])
-            if (
-                self._unproven.total() >= limits.MAX_MQTT_UNPROVEN
-                or self._unproven[host] >= limits.MAX_MQTT_UNPROVEN_PER_ADDRESS
-            ):
-                self.refused["too many unproven connections"] += 1
-                connection.close()
-                continue
-            self._unproven[host] += 1
-            task = asyncio.ensure_future(self._connection(connection, host))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            self.adopt(connection, str(address[0]))
+
+    def adopt(self, connection: socket.socket, host: str) -> None:
+        """Serve a TCP connection from ``host`` of which nothing was read yet, wherever it was accepted."""
+        if (
+            self._stopping
+            or self._unproven.total() >= limits.MAX_MQTT_UNPROVEN
+            or self._unproven[host] >= limits.MAX_MQTT_UNPROVEN_PER_ADDRESS
+        ):
+            self.refused["too many unproven connections"] += 1
+            connection.close()
+            return
+        self._unproven[host] += 1
+        task = asyncio.ensure_future(self._connection(connection, host))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _connection(self, connection: socket.socket, host: str) -> None:
         """One TCP connection from accept to close."""

@@ -25,6 +25,7 @@ from edgesync.config import HostPort
 from edgesync.errors import ConfigError, EdgeSyncError
 from edgesync.ids import DeviceId, Digest, PeerKey
 from edgesync.io import systemd
+from edgesync.io.broker_url import parse_broker_url
 from edgesync.io.mqtt import Incoming, LinkConfig, MqttLink, Will
 from edgesync.storage.datadir import DataDir
 from edgesync.transport.connection import PeerConnection
@@ -40,6 +41,7 @@ from gateway.enrolment import Enrolment, Places
 from gateway.health import BEAT_S, MAX_LAG_S, Health, Parts
 from gateway.ingest import Batch, Ingest
 from gateway.moment import Moment, MomentReader
+from gateway.mqtt_relay import MqttRelay
 from gateway.packs import PieceStore
 from gateway.register import Judge
 from gateway.seeder import Seeder
@@ -145,7 +147,13 @@ class Daemon:
         self.endpoint = await self._open_endpoint(identity)
         stack.push_async_callback(self.endpoint.close)
         self.seeder.attach(self.endpoint)
-        if not self.settings.broker:
+        door = self.endpoint.tcp_door
+        assert door is not None
+        if self.settings.broker:
+            relay = MqttRelay(parse_broker_url(self.settings.broker))
+            stack.push_async_callback(relay.close)
+            door.mqtt = relay.adopt
+        else:
             self.broker = EmbeddedBroker(
                 identity=identity,
                 authorities=lambda: (authority.certificate_der, identity.certificate_der),
@@ -153,6 +161,7 @@ class Daemon:
             )
             await self.broker.open(self.settings.listen_mqtt.host, self.settings.listen_mqtt.port)
             stack.push_async_callback(self.broker.stop)
+            door.mqtt = self.broker.adopt
         self.announcer = Announcer(
             self.here.gateway_id,
             identity,
@@ -261,6 +270,7 @@ class Daemon:
                     agent=f"edgesync-gateway/{__version__}",
                     max_connections=limits.MAX_GATEWAY_CONNECTIONS,
                     accept_joins=True,
+                    tcp=True,
                     announce_port=False,
                     congestion=self.settings.congestion,
                     versions=lambda: (
@@ -271,7 +281,7 @@ class Daemon:
             )
         except OSError as exc:
             raise ConfigError(
-                f"cannot listen for QUIC on UDP port {where.port}: {exc.strerror or exc}: "
+                f"cannot listen for devices on port {where.port} (UDP and TCP): {exc.strerror or exc}: "
                 "stop what uses it, or choose another with --listen-quic"
             ) from exc
 

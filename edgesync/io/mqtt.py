@@ -17,9 +17,9 @@ Called by ``device.agent`` and ``gateway.daemon``; one instance per event loop t
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
-import os
 import random
 import ssl
 import threading
@@ -34,10 +34,14 @@ import aiomqtt
 from paho.mqtt.client import Client as PahoClient
 
 from edgesync import limits
+from edgesync.config import HostPort
 from edgesync.errors import EdgeSyncError, ProtocolError
 from edgesync.identity import Identity, certificate_key
 from edgesync.ids import PeerKey
 from edgesync.io.broker_url import BrokerAddress, parse_broker_url
+from edgesync.io.proxy import ProxySettings, open_tunnel
+from edgesync.io.proxy import connect as connect_tcp
+from edgesync.io.tls import load_identity
 from edgesync.wire.topics import Kind, Topic, check_size, parse
 
 logger = logging.getLogger(__name__)
@@ -46,7 +50,7 @@ _library_logger = logging.getLogger(f"{__name__}.library")
 _library_logger.setLevel(logging.CRITICAL)
 
 # The packet cap and closing after a failed connect reach below paho's public surface: fail at import, not in the field.
-for _name in ("_sock_recv", "_sock_close"):
+for _name in ("_sock_recv", "_sock_close", "_create_socket_connection"):
     if not hasattr(PahoClient, _name):
         raise ImportError(f"paho-mqtt no longer has {_name}, which edgesync.io.mqtt relies on")
 
@@ -70,6 +74,9 @@ class LinkConfig:
     max_queued_messages: int = limits.MAX_MQTT_QUEUED_MESSAGES
     max_queued_bytes: int = limits.MAX_MQTT_QUEUED_BYTES
     max_publishing: int = 32
+    min_detour_s: float = 30.0
+    """The first look whether the broker's own port answers again while another serves; each later one waits longer."""
+    max_detour_s: float = 1800.0
 
     @classmethod
     def for_gateway(cls) -> Self:
@@ -124,18 +131,8 @@ class LinkStatus:
     retry_in_s: float | None
     queued: int
     dropped: int
-
-
-def load_identity(context: ssl.SSLContext, identity: Identity) -> None:
-    """Make TLS show this certificate. OpenSSL takes files only; these never touch a disk."""
-    certificate, key = os.memfd_create("certificate"), os.memfd_create("key")
-    try:
-        os.write(certificate, identity.certificate_pem())
-        os.write(key, identity.key_pem())
-        context.load_cert_chain(f"/proc/self/fd/{certificate}", f"/proc/self/fd/{key}")
-    finally:
-        os.close(certificate)
-        os.close(key)
+    detour: str = ""
+    """A sentence while the broker is reached by the gateway's TLS port instead of its own."""
 
 
 def client_context(
@@ -143,6 +140,7 @@ def client_context(
     allowed_keys: Callable[[], Collection[PeerKey]],
     *,
     handshake_timeout_s: float = 10.0,
+    alpn: str = "",
 ) -> ssl.SSLContext:
     """TLS 1.3 with our certificate, towards a server whose certificate holds one of the allowed public keys.
 
@@ -168,6 +166,8 @@ def client_context(
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.sslsocket_class = PinnedSocket
+    if alpn:
+        context.set_alpn_protocols([alpn])
     load_identity(context, identity)
     return context
 
@@ -314,12 +314,15 @@ class MqttLink:
         on_connect: Callable[[], Awaitable[None]] | None = None,
         config: LinkConfig | None = None,
         rng: random.Random | None = None,
+        doors: Callable[[], Sequence[HostPort]] = tuple,
+        proxies: ProxySettings | None = None,
     ) -> None:
         """Everything that may change is a callable and is asked at each connect.
 
         ``brokers`` are URLs, tried in turn. ``identity`` may be None where every broker is ``mqtt://``. ``will`` is
         asked before each attempt, so that it can carry a new epoch. ``on_connect`` runs after the subscriptions stand
-        and may publish; the link is torn down when it raises.
+        and may publish; the link is torn down when it raises. ``doors`` are TLS ports that pass MQTT on (ALPN
+        ``mqtt``): they are tried where the broker's own port cannot be reached, and left when it can be again.
         """
         self.client_id = client_id
         self.config = config or LinkConfig()
@@ -340,6 +343,20 @@ class MqttLink:
             if identity
             else None
         )
+        self._door_tls = (
+            client_context(
+                identity,
+                allowed_keys,
+                handshake_timeout_s=self.config.connect_timeout_s,
+                alpn="mqtt",
+            )
+            if identity
+            else None
+        )
+        self._doors = doors
+        self._proxies = proxies or ProxySettings()
+        self._door: HostPort | None = None
+        self._unreached = False
         self._client: aiomqtt.Client | None = None
         self._attempt: _Client | None = None
         self._connecting: asyncio.Future[Exception | None] | None = None
@@ -380,6 +397,7 @@ class MqttLink:
             retry_in_s=None if retry is None else max(0.0, retry - time.monotonic()),
             queued=len(self.inbox),
             dropped=self.inbox.dropped + self.refused,
+            detour=self._detour() if self.connected else "",
         )
 
     async def messages(self) -> AsyncIterator[Incoming]:
@@ -456,7 +474,14 @@ class MqttLink:
             began = time.monotonic()
             urls = self._brokers()
             if urls:
-                self._last_error = await self._one_connection(urls[turn % len(urls)])
+                url = urls[turn % len(urls)]
+                self._last_error = await self._one_connection(url)
+                for door in self._doors() if self._unreached else ():
+                    logger.debug("mqtt: %s; trying TLS at %s", self._last_error, door)
+                    error = await self._one_connection(url, door)
+                    if not self._unreached:
+                        self._last_error = error
+                        break
             else:
                 self._last_error = "no broker is known yet"
             turn += 1
@@ -471,25 +496,57 @@ class MqttLink:
                 await asyncio.wait_for(self._kick.wait(), delay)
             self._retry_at = None
 
-    async def _one_connection(self, url: str) -> str:
-        """Connect, serve until it ends; returns why it ended."""
+    def _detour(self) -> str:
+        if self._door is None:
+            return ""
+        return f"{self._broker} cannot be reached: using TLS on port {self._door.port}"
+
+    async def _look_back(self, broker: BrokerAddress) -> None:
+        """While the door serves, look with growing pauses whether the broker's own port answers again."""
+        pause = self.config.min_detour_s
+        while True:
+            await asyncio.sleep(pause * self._rng.uniform(0.75, 1.25))
+            pause = min(2 * pause, self.config.max_detour_s)
+            try:
+                sock, _ = await connect_tcp(
+                    self._proxies.towards(broker.host),
+                    broker.host,
+                    broker.port,
+                    timeout_s=self.config.connect_timeout_s,
+                )
+            except EdgeSyncError:
+                continue
+            sock.close()
+            self.reconnect(f"{broker} answers at its own port again")
+            return
+
+    async def _one_connection(self, url: str, door: HostPort | None = None) -> str:
+        """Connect, serve until it ends; returns why it ended. ``_unreached`` tells that it never began."""
+        self._unreached = False
         try:
             broker = parse_broker_url(url)
         except EdgeSyncError as exc:
             return str(exc)
         self._broker = str(broker)
         try:
-            client = self._make_client(broker)
+            client = self._make_client(broker, door)
         except EdgeSyncError as exc:
             return str(exc)
         self._attempt = client
+        self._door = door
+        looking: asyncio.Task[None] | None = None
         self._lost = asyncio.get_running_loop().create_future()
         try:
             try:
                 await self._connect(client)
             except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
-                return f"{broker} cannot be reached: {_reason(exc)}"
+                self._unreached = True
+                where = f" by TLS at {door}" if door else ""
+                return f"{broker} cannot be reached{where}: {_reason(exc)}"
             self._client = client
+            if door is not None:
+                logger.warning("mqtt: %s", self._detour())
+                looking = asyncio.ensure_future(self._look_back(broker))
             await self._serve(client)
         except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
             return f"connection to {broker} lost: {_reason(exc)}"
@@ -506,6 +563,8 @@ class MqttLink:
                 self._lost.set_result(None)
             if self._resubscribing:
                 self._resubscribing.cancel()
+            if looking is not None:
+                looking.cancel()
             await self._close(client)
 
     async def _connect(self, client: _Client) -> None:
@@ -562,15 +621,17 @@ class MqttLink:
             if code >= 0x80:
                 raise aiomqtt.MqttError(f"the broker does not let us read {topic}")
 
-    def _make_client(self, broker: BrokerAddress) -> _Client:
+    def _make_client(self, broker: BrokerAddress, door: HostPort | None) -> _Client:
         will = self._will()
         if will:
             check_size(parse(will.topic), will.payload)
         if broker.tls and self._tls is None:
             raise ProtocolError("this machine has no certificate to show to a broker")
+        host, port = (door.host, door.port) if door else (broker.host, broker.port)
+        tls = self._door_tls if door else self._tls
         client = _Client(
-            broker.host,
-            broker.port,
+            host,
+            port,
             identifier=self.client_id,
             logger=_library_logger,
             queue_type=cast("Any", lambda maxsize: _Intake(self._deliver)),  # noqa: ARG005  aiomqtt's call
@@ -579,11 +640,17 @@ class MqttLink:
             timeout=self.config.connect_timeout_s,
             keepalive=self.config.keepalive_s,
             max_inflight_messages=self.config.max_publishing,
-            tls_context=self._tls if broker.tls else None,
+            tls_context=tls if broker.tls else None,
         )
         client.pending_calls_threshold = 2 * self.config.max_publishing
         paho = client._client  # noqa: SLF001  see the check at import
         paho.connect_timeout = self.config.connect_timeout_s
+        proxy = self._proxies.towards(host)
+        if proxy is not None:
+            tunnel = functools.partial(
+                open_tunnel, proxy, host, port, timeout_s=self.config.connect_timeout_s
+            )
+            paho._create_socket_connection = tunnel  # type: ignore[method-assign]  # noqa: SLF001
         receive = paho._sock_recv  # noqa: SLF001
 
         def receive_capped(bufsize: int) -> bytes:

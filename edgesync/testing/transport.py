@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Self
 
 from edgesync import identity as identities
@@ -79,7 +80,15 @@ class TestHandler:
 class TestPeer:
     __test__ = False
 
-    def __init__(self, identity: Identity, endpoint: Endpoint, handler: TestHandler) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        endpoint: Endpoint,
+        handler: TestHandler,
+        *,
+        over_tls: bool = False,
+    ) -> None:
+        self.over_tls = over_tls
         self.identity = identity
         self.endpoint = endpoint
         self.handler = handler
@@ -91,7 +100,10 @@ class TestPeer:
 
     async def connect(self, other: "TestPeer", *, timeout_s: float = 5.0) -> PeerConnection:
         return await self.endpoint.connect(
-            other.address, expected_key=other.identity.key, timeout_s=timeout_s
+            other.address,
+            expected_key=other.identity.key,
+            timeout_s=timeout_s,
+            over_tls=self.over_tls,
         )
 
 
@@ -100,7 +112,9 @@ class TestFleet:
 
     __test__ = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, over_tls: bool = False) -> None:
+        """``over_tls``: every machine listens on TCP too, and dials there."""
+        self.over_tls = over_tls
         self.authority = CertificateAuthority.create("region")
         self.gateways: dict[PeerKey, str] = {}
         self.banned: set[PeerKey] = set()
@@ -148,9 +162,9 @@ class TestFleet:
             identity=identity,
             judge=self.judge,
             handler=handler,
-            config=config,
+            config=replace(config, tcp=config.tcp or self.over_tls),
         )
-        peer = TestPeer(identity, endpoint, handler)
+        peer = TestPeer(identity, endpoint, handler, over_tls=self.over_tls)
         self.peers.append(peer)
         return peer
 

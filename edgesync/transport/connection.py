@@ -2,8 +2,8 @@
 
 A ``PeerConnection`` exists once both sides know each other; either side sends control messages, asks for pieces and
 blobs, and answers. A ``JoinConnection`` is a stranger's, on its own ALPN. Who may say what is
-``edgesync.peer.session``; bytes, windows and deadlines are ``edgesync.transport.link``. Pieces are not hashed here: who
-asked checks.
+``edgesync.peer.session``; bytes, windows and deadlines are ``edgesync.transport.streams``. Pieces are not hashed here:
+who asked checks.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from edgesync.ids import Digest, PeerIdentity, PieceId
 from edgesync.peer import session as sessions
 from edgesync.peer.session import BlobQuestion, PieceQuestion, Session, code_of, opening_question
 from edgesync.rate import TokenBucket
-from edgesync.transport.link import Link, Stream
+from edgesync.transport.streams import Carrier, Stream
 from edgesync.transport.throttle import OVERHEAD, ReceiveCap
 from edgesync.transport.udp import plain
 from edgesync.wire import codec
@@ -89,7 +89,7 @@ class PeerConnection:
     """A session with a member of the fleet."""
 
     def __init__(
-        self, link: Link, session: Session, tasks: Tasks, handler: Handler, control: Stream
+        self, link: Carrier, session: Session, tasks: Tasks, handler: Handler, control: Stream
     ) -> None:
         self.dialed = link.dialed
         self.listen_port = 0
@@ -136,9 +136,14 @@ class PeerConnection:
         return plain(self._link.current_address)
 
     @property
+    def carrier(self) -> str:
+        """``QUIC``, or ``TLS`` where UDP does not get through."""
+        return self._link.name
+
+    @property
     def rtt(self) -> float:
         """Smoothed round-trip time in seconds; 0.0 before the first sample."""
-        return 0.0 if self._link.error is not None else self._link.quic.smoothed_rtt()
+        return 0.0 if self._link.error is not None else self._link.smoothed_rtt()
 
     @property
     def silent_s(self) -> float:
@@ -402,7 +407,7 @@ def surviving(
 class JoinConnection:
     """The asking side of joining; the server is known by its key alone."""
 
-    def __init__(self, link: Link, server_certificate: bytes) -> None:
+    def __init__(self, link: Carrier, server_certificate: bytes) -> None:
         self.server_certificate_sha256 = hashlib.sha256(server_certificate).digest()
         self._link = link
 
@@ -440,7 +445,7 @@ class JoinConnection:
 
 
 async def answer_join(
-    link: Link, stream: Stream, handler: Handler, server_certificate_sha256: bytes
+    link: Carrier, stream: Stream, handler: Handler, server_certificate_sha256: bytes
 ) -> bool:
     """The first stream of a stranger's join connection; True once it may fetch."""
     message = await stream.read_frame(limits.UNPROVEN_WINDOW_BYTES // 2)

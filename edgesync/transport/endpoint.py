@@ -1,4 +1,6 @@
-"""One QUIC endpoint of one machine: dials and accepts on the same UDP port, and knows who is at the other end.
+"""One endpoint of one machine: dials and accepts by QUIC on one UDP port, and knows who is at the other end.
+
+Where UDP does not get through it dials over TLS when told to; a gateway takes that on the TCP port of the same number.
 
 It joins the switchboard (datagrams), the session (who may say what) and the handler (what is done about it). It decides
 nothing about pieces. Every task it starts ends before ``close`` returns. Event loop only.
@@ -6,15 +8,15 @@ nothing about pieces. Every task it starts ends before ``close`` returns. Event 
 
 import asyncio
 import contextlib
+import errno
+import functools
 import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
-
-from aioquic.quic.configuration import QuicConfiguration
 
 from edgesync import identity as identities
 from edgesync import limits
@@ -31,6 +33,8 @@ from edgesync.errors import (
 )
 from edgesync.identity import Identity
 from edgesync.ids import PeerIdentity, PeerKey, Role
+from edgesync.io.proxy import ProxySettings
+from edgesync.io.proxy import connect as connect_tcp
 from edgesync.peer import session as sessions
 from edgesync.peer.session import Judge, LocalPeer, Session, Side, code_of
 from edgesync.transport.connection import (
@@ -44,13 +48,19 @@ from edgesync.transport.connection import (
 )
 from edgesync.transport.engine import transport_warnings
 from edgesync.transport.flow import Budget
-from edgesync.transport.link import Link, LinkOwner, Stream
+from edgesync.transport.link import Link
 from edgesync.transport.quic import (
     DEFAULT_CONTROLLER,
     client_configuration,
     server_configuration,
 )
+from edgesync.transport.streams import Carrier, LinkOwner, Stream
 from edgesync.transport.switchboard import Switchboard
+from edgesync.transport.tcp_door import TcpDoor
+from edgesync.transport.tls_link import TlsLink
+from edgesync.transport.tls_pipe import client_context as tls_client_context
+from edgesync.transport.tls_pipe import let_go
+from edgesync.transport.tls_pipe import server_context as tls_server_context
 from edgesync.transport.udp import Address, for_family, plain
 from edgesync.wire import codec
 from edgesync.wire.messages import ALPN, ALPN_JOIN
@@ -63,6 +73,8 @@ DEAD_AFTER_S: Final = 8.0
 """Where something is wanted, a peer that answers no ping for this long is gone."""
 BUSY_RETRY_MS: Final = 5_000
 JOIN_LIFETIME_S: Final = 60.0
+PORT_ATTEMPTS: Final = 8
+"""Where any port will do, it must be free for UDP and TCP."""
 _BASE_SHARE: Final = 0.75
 """Part of the budget that base windows may take, so that answers always find some."""
 
@@ -82,6 +94,10 @@ class EndpointConfig:
     """Offer ``edgesync-join/1`` (a gateway)."""
     congestion: str = DEFAULT_CONTROLLER
     """What decides how fast this side sends: one of ``controller_names.SETTINGS``."""
+    tcp: bool = False
+    """Take the same protocols over TLS on the TCP port of the same number (a gateway)."""
+    proxy: ProxySettings = field(default_factory=ProxySettings)
+    """By which HTTP proxy TLS goes out."""
     announce_port: bool = True
     """Tell servers the port others may dial this machine at."""
     versions: Callable[[], tuple[int, int]] = lambda: (0, 0)
@@ -129,27 +145,14 @@ class Endpoint:
         self.certificate = identity.certificate_der
         self.certificate_sha256 = hashlib.sha256(self.certificate).digest()
         self._judge = judge
-        self._connections: dict[PeerConnection, Link] = {}
+        self._connections: dict[PeerConnection, Carrier] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._links: dict[Link, None] = {}
+        self._links: dict[Carrier, None] = {}
         self._closing = False
         self._loop = asyncio.get_running_loop()
         assert identity.certificate is not None
-        self.switchboard = Switchboard(
-            host,
-            port,
-            server=server_configuration(
-                certificate=identity.certificate,
-                private_key=identity.private_key,
-                idle_timeout_s=config.idle_timeout_s,
-                joins=config.accept_joins,
-            ),
-            doorman=self,
-            budget=self.budget,
-            max_unproven=config.max_unproven,
-            max_unproven_per_address=config.max_unproven_per_address,
-            congestion=config.congestion,
-        )
+        self.tcp_door: TcpDoor | None = None
+        self.switchboard = self._bind(host, port)
         self._keeper = self.spawn(self._keep_alive(), "keep-alive")
 
     @classmethod
@@ -177,6 +180,50 @@ class Endpoint:
             config=config or EndpointConfig(),
         )
 
+    def _bind(self, host: str, port: int) -> Switchboard:
+        """UDP and, where TCP is offered, the same port of both. Raises OSError."""
+        config = self.config
+        assert self.identity.certificate is not None
+        for attempt in range(PORT_ATTEMPTS):
+            switchboard = Switchboard(
+                host,
+                port,
+                server=server_configuration(
+                    certificate=self.identity.certificate,
+                    private_key=self.identity.private_key,
+                    idle_timeout_s=config.idle_timeout_s,
+                    joins=config.accept_joins,
+                ),
+                doorman=self,
+                budget=self.budget,
+                max_unproven=config.max_unproven,
+                max_unproven_per_address=config.max_unproven_per_address,
+                congestion=config.congestion,
+            )
+            if not config.tcp:
+                break
+            try:
+                listener = switchboard.socket.listen_beside()
+            except OSError as exc:
+                switchboard.close()
+                if port or exc.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+                    raise OSError(exc.errno, f"{exc.strerror} (TCP port {port})") from exc
+                continue
+            protocols = (ALPN, ALPN_JOIN) if config.accept_joins else (ALPN,)
+            self.tcp_door = TcpDoor(
+                listener,
+                context=tls_server_context(self.identity, list(protocols)),
+                protocols=protocols,
+                new_owner=self.new_owner,
+                accepted=self.accepted,
+                budget=self.budget,
+                idle_timeout_s=config.idle_timeout_s,
+                max_unproven=config.max_unproven,
+                max_unproven_per_address=config.max_unproven_per_address,
+            )
+            break
+        return switchboard
+
     @property
     def port(self) -> int:
         return int(self.switchboard.socket.address[1])
@@ -189,8 +236,8 @@ class Endpoint:
         socket = self.switchboard.socket
         return EndpointStats(
             connections=len(self._connections),
-            unproven=self.switchboard.unproven,
-            refused=self.switchboard.refused,
+            unproven=self.switchboard.unproven + (self.tcp_door.unproven if self.tcp_door else 0),
+            refused=self.switchboard.refused + (self.tcp_door.refused if self.tcp_door else 0),
             retried=self.switchboard.retried,
             datagrams_in=socket.datagrams_in,
             datagrams_out=socket.datagrams_out,
@@ -211,6 +258,7 @@ class Endpoint:
         *,
         expected_key: PeerKey | None = None,
         timeout_s: float = 5.0,
+        over_tls: bool = False,
     ) -> PeerConnection:
         """A session with the member at ``address``; ``connected`` was told when this returns.
 
@@ -219,17 +267,32 @@ class Endpoint:
         PeerBusyError, NotAuthorizedError, ProtocolError.
         """
         dial = await self._dial(
-            address, ALPN, timeout_s, lambda: _Dialer(self, expected_key=expected_key)
+            address,
+            ALPN,
+            timeout_s,
+            lambda: _Dialer(self, expected_key=expected_key),
+            over_tls=over_tls,
         )
         assert isinstance(dial, _Dialer)
         assert dial.connection is not None
         return dial.connection
 
     async def join(
-        self, address: tuple[str, int], *, expected_key: PeerKey, timeout_s: float = 5.0
+        self,
+        address: tuple[str, int],
+        *,
+        expected_key: PeerKey,
+        timeout_s: float = 5.0,
+        over_tls: bool = False,
     ) -> JoinConnection:
         """A connection to ask a gateway of ``expected_key`` for membership. Raises as ``connect``."""
-        dial = await self._dial(address, ALPN_JOIN, timeout_s, lambda: _Joiner(self, expected_key))
+        dial = await self._dial(
+            address,
+            ALPN_JOIN,
+            timeout_s,
+            lambda: _Joiner(self, expected_key),
+            over_tls=over_tls,
+        )
         assert isinstance(dial, _Joiner)
         assert dial.connection is not None
         return dial.connection
@@ -240,17 +303,22 @@ class Endpoint:
         alpn: str,
         timeout_s: float,
         make: "Callable[[], _Dialer | _Joiner]",
+        *,
+        over_tls: bool,
     ) -> "_Dialer | _Joiner":
         deadline = self._loop.time() + timeout_s
         if self._closing:
             raise TransportError("this endpoint is closed")
-        resolved = await self._resolve(address, timeout_s)
-        configuration = client_configuration(alpn=alpn, idle_timeout_s=self.config.idle_timeout_s)
+        if over_tls:
+            begin = functools.partial(self._begin_tls, alpn, address, deadline)
+        else:
+            resolved = await self._resolve(address, timeout_s)
+            begin = functools.partial(self._begin_quic, alpn, resolved)
         pause = 0.05
         while True:
             dialer = make()
             try:
-                await self._dial_once(configuration, resolved, dialer, deadline)
+                await self._dial_once(begin, dialer, deadline)
             except PeerBusyError as exc:
                 # Full of strangers is over in moments; a member that says BUSY names its own time.
                 wait = random.uniform(pause / 2, pause * 1.5)  # noqa: S311 - jitter, not a secret
@@ -264,25 +332,57 @@ class Endpoint:
 
     async def _dial_once(
         self,
-        configuration: QuicConfiguration,
-        address: Address,
+        begin: "Callable[[_Dialer | _Joiner], Awaitable[Carrier]]",
         dialer: "_Dialer | _Joiner",
         deadline: float,
     ) -> None:
-        link = self.switchboard.dial(configuration, address, dialer)
+        link = await begin(dialer)
         self._links[link] = None
         try:
             async with asyncio.timeout_at(deadline):
                 await dialer.ready
         except TimeoutError:
-            error = PeerTimeoutError(f"no session with {plain(address)[0]} in time")
+            error = PeerTimeoutError(f"no session with {plain(link.address)[0]} in time")
             link.close(ErrorCode.TIMEOUT, error=error)
             raise error from None
         except BaseException:
             link.close(ErrorCode.GOING_AWAY)
             raise
         finally:
-            self.switchboard.dialed(link)
+            if isinstance(link, Link):
+                self.switchboard.dialed(link)
+
+    async def _begin_quic(
+        self, alpn: str, address: Address, dialer: "_Dialer | _Joiner"
+    ) -> Carrier:
+        configuration = client_configuration(alpn=alpn, idle_timeout_s=self.config.idle_timeout_s)
+        return self.switchboard.dial(configuration, address, dialer)
+
+    async def _begin_tls(
+        self, alpn: str, address: tuple[str, int], deadline: float, dialer: "_Dialer | _Joiner"
+    ) -> Carrier:
+        host, port = address
+        proxy = self.config.proxy.towards(host)
+        left = deadline - self._loop.time()
+        try:
+            sock, where = await connect_tcp(proxy, host, port, timeout_s=left)
+        except PeerBusyError:
+            dialer.refused_unheard = True
+            raise
+        if self._closing or not self.budget.reserve(limits.UNPROVEN_WINDOW_BYTES):
+            sock.close()
+            raise PeerBusyError("this machine has no room for another connection", retry_after_s=1)
+        return TlsLink(
+            sock,
+            tls_client_context(alpn),
+            dialer,
+            address=where,
+            dialed=True,
+            budget=self.budget,
+            idle_timeout_s=self.config.idle_timeout_s,
+            door=set(),
+            protocols=(alpn,),
+        )
 
     async def _resolve(self, address: tuple[str, int], timeout_s: float) -> Address:
         host, port = address
@@ -304,12 +404,12 @@ class Endpoint:
     def new_owner(self) -> LinkOwner:
         return _Acceptor(self)
 
-    def accepted(self, link: Link) -> None:
+    def accepted(self, link: Carrier) -> None:
         self._links[link] = None
         self._loop.call_later(limits.UNPROVEN_TIMEOUT_S, self._evict_unproven, link)
 
-    def _evict_unproven(self, link: Link) -> None:
-        if link.error is None and self.switchboard.is_unproven(link):
+    def _evict_unproven(self, link: Carrier) -> None:
+        if link.error is None and link.unproven:
             link.close(
                 ErrorCode.TIMEOUT,
                 error=PeerTimeoutError("a stranger did not prove who it is in time"),
@@ -339,7 +439,7 @@ class Endpoint:
         check_key(der, expected_key)
         return self._judge(der)
 
-    def admit(self, link: Link, connection: PeerConnection) -> None:
+    def admit(self, link: Carrier, connection: PeerConnection) -> None:
         """A proven peer becomes a connection. Raises PeerBusyError: no room."""
         if self.full:
             raise PeerBusyError(
@@ -350,9 +450,8 @@ class Endpoint:
         if not self.budget.reserve(window - link.base_window):
             raise PeerBusyError("this machine has no room for another peer", retry_after_s=1.0)
         link.set_base_window(window)
-        link.quic.allow_streams(limits.MAX_REQUESTS_PER_CONNECTION)
-        link.transmit_soon()
-        self.switchboard.proven(link)
+        link.allow_streams(limits.MAX_REQUESTS_PER_CONNECTION)
+        link.proven()
         same = [c for c in self._connections if c.peer.key == connection.peer.key]
         self._connections[connection] = link
         for extra in same[: max(0, len(same) + 1 - self.config.max_connections_per_key)]:
@@ -363,7 +462,7 @@ class Endpoint:
         await self.handler.connected(connection)
         connection.start()
 
-    def lost(self, link: Link, connection: PeerConnection | None, error: EdgeSyncError) -> None:
+    def lost(self, link: Carrier, connection: PeerConnection | None, error: EdgeSyncError) -> None:
         self._links.pop(link, None)
         if connection is None:
             return
@@ -427,6 +526,8 @@ class Endpoint:
         """Tell every peer, end every task, release the port. May be repeated."""
         self._closing = True
         self.switchboard.accepting = False
+        if self.tcp_door is not None:
+            self.tcp_door.close()
         for link in tuple(self._links):
             link.close(ErrorCode.GOING_AWAY, error=TransportError("this machine is shutting down"))
         # What ``lost`` started (telling the handler) may finish; everything else is cancelled.
@@ -437,6 +538,7 @@ class Endpoint:
         pending = [task for task in self._tasks if task is not asyncio.current_task()]
         await asyncio.gather(*pending, return_exceptions=True)
         self.switchboard.close()
+        await let_go()
 
 
 def check_key(der: bytes, expected_key: PeerKey | None) -> None:
@@ -453,12 +555,12 @@ class _Owner:
         self.peer_connection: PeerConnection | None = None
         self.work: asyncio.Task[None] | None = None
 
-    def link_closed(self, link: Link, error: EdgeSyncError) -> None:
+    def link_closed(self, link: Carrier, error: EdgeSyncError) -> None:
         if self.work is not None and self.work is not _current_task():
             self.work.cancel()
         self.endpoint.lost(link, self.peer_connection, error)
 
-    async def run_session(self, link: Link, session: Session, control: Stream) -> PeerConnection:
+    async def run_session(self, link: Carrier, session: Session, control: Stream) -> PeerConnection:
         """The control stream up to the moment both sides know each other."""
         connection = PeerConnection(link, session, self.endpoint, self.endpoint.handler, control)
         effects = session.start() if session.side is Side.CLIENT else []
@@ -503,9 +605,9 @@ class _Dialer(_Owner):
         self.connection: PeerConnection | None = None
         self.refused_unheard = False
 
-    def handshake_done(self, link: Link, alpn: str) -> None:
+    def handshake_done(self, link: Carrier, alpn: str) -> None:
         """Judge the server before a byte of ours goes to it beyond TLS."""
-        der = link.quic.peer_certificate()
+        der = link.peer_certificate()
         try:
             if alpn != ALPN or der is None:
                 raise VersionMismatchError("the server speaks another protocol")
@@ -515,7 +617,7 @@ class _Dialer(_Owner):
             return
         self.work = self.endpoint.spawn(self._run(link, der, server), f"dial {link!r}")
 
-    async def _run(self, link: Link, der: bytes, server: PeerIdentity) -> None:
+    async def _run(self, link: Carrier, der: bytes, server: PeerIdentity) -> None:
         session = Session(
             side=Side.CLIENT,
             me=self.endpoint.local(),
@@ -541,13 +643,13 @@ class _Dialer(_Owner):
         else:
             self.ready.set_exception(error)
 
-    def stream_opened(self, link: Link, stream: Stream) -> None:
+    def stream_opened(self, link: Carrier, stream: Stream) -> None:
         if self.peer_connection is None:
             link.close(ErrorCode.UNEXPECTED, "a stream before WELCOME")
             return
         self.peer_connection.stream_opened(stream)
 
-    def link_closed(self, link: Link, error: EdgeSyncError) -> None:
+    def link_closed(self, link: Carrier, error: EdgeSyncError) -> None:
         self.refused_unheard = not link.handshake_complete
         super().link_closed(link, error)
         self._settle(error)
@@ -561,8 +663,8 @@ class _Joiner(_Owner):
         self.connection: JoinConnection | None = None
         self.refused_unheard = False
 
-    def handshake_done(self, link: Link, alpn: str) -> None:
-        der = link.quic.peer_certificate()
+    def handshake_done(self, link: Carrier, alpn: str) -> None:
+        der = link.peer_certificate()
         try:
             if alpn != ALPN_JOIN or der is None:
                 raise VersionMismatchError("the server takes no joins")
@@ -574,11 +676,11 @@ class _Joiner(_Owner):
         if not self.ready.done():
             self.ready.set_result(None)
 
-    def stream_opened(self, link: Link, stream: Stream) -> None:
+    def stream_opened(self, link: Carrier, stream: Stream) -> None:
         del stream
         link.close(ErrorCode.UNEXPECTED, "a gateway opens no streams to a stranger")
 
-    def link_closed(self, link: Link, error: EdgeSyncError) -> None:
+    def link_closed(self, link: Carrier, error: EdgeSyncError) -> None:
         self.refused_unheard = not link.handshake_complete
         super().link_closed(link, error)
         if not self.ready.done():
@@ -594,11 +696,11 @@ class _Acceptor(_Owner):
         self.joined = False
         self.started = False
 
-    def handshake_done(self, link: Link, alpn: str) -> None:
+    def handshake_done(self, link: Carrier, alpn: str) -> None:
         del link
         self.joining = alpn == ALPN_JOIN
 
-    def stream_opened(self, link: Link, stream: Stream) -> None:
+    def stream_opened(self, link: Carrier, stream: Stream) -> None:
         if self.peer_connection is not None:
             self.peer_connection.stream_opened(stream)
         elif self.joined:
@@ -610,7 +712,7 @@ class _Acceptor(_Owner):
             work = self._join(link, stream) if self.joining else self._session(link, stream)
             self.work = self.endpoint.spawn(work, f"accept {link!r}")
 
-    async def _session(self, link: Link, control: Stream) -> None:
+    async def _session(self, link: Carrier, control: Stream) -> None:
         endpoint = self.endpoint
         session = Session(
             side=Side.SERVER,
@@ -627,7 +729,7 @@ class _Acceptor(_Owner):
         except EdgeSyncError as exc:
             link.close(code_of(exc), str(exc), error=exc)
 
-    async def _join(self, link: Link, stream: Stream) -> None:
+    async def _join(self, link: Carrier, stream: Stream) -> None:
         endpoint = self.endpoint
         try:
             fetching = await answer_join(
@@ -646,12 +748,11 @@ class _Acceptor(_Owner):
             link.close(ErrorCode.OK)
             return
         self.joined = True
-        endpoint.switchboard.proven(link)
-        link.quic.allow_streams(1)
-        link.transmit_soon()
+        link.proven()
+        link.allow_streams(1)
         asyncio.get_running_loop().call_later(JOIN_LIFETIME_S, link.close, ErrorCode.TIMEOUT)
 
-    async def _joined_fetch(self, link: Link, stream: Stream) -> None:
+    async def _joined_fetch(self, link: Carrier, stream: Stream) -> None:
         try:
             await answer_joined_fetch(stream, self.endpoint.handler)
         except EdgeSyncError as exc:

@@ -31,8 +31,9 @@ from edgesync import limits
 from edgesync.errors import PeerBusyError, PeerUnreachableError, TransportError
 from edgesync.transport.engine import Connection
 from edgesync.transport.flow import Budget
-from edgesync.transport.link import Link, LinkOwner
+from edgesync.transport.link import Link
 from edgesync.transport.quic import CONNECTION_ID_BYTES, DEFAULT_CONTROLLER
+from edgesync.transport.streams import LinkOwner
 from edgesync.transport.udp import (
     COALESCE_S,
     LONG_COALESCE_S,

@@ -22,6 +22,7 @@ Address = tuple[Any, ...]
 
 BATCH: Final = 64
 MAX_QUEUE: Final = 1024
+TCP_BACKLOG: Final = 128
 SOCKET_BUFFER_BYTES: Final = 4 * 1024 * 1024
 RECEIVE_BYTES: Final = 65_536
 """One buffer for whatever one call brings, a datagram or many joined: nothing is allocated by what is announced."""
@@ -97,6 +98,10 @@ class UdpSocket:
     @property
     def family(self) -> int:
         return self._sock.family
+
+    def listen_beside(self) -> socket.socket:
+        """A TCP socket that listens at the same address and port. Raises OSError."""
+        return listen_tcp(self._sock)
 
     def lost_in_kernel(self) -> int:
         """Datagrams the kernel dropped because its buffer was full; 0 where it does not tell."""
@@ -347,6 +352,23 @@ def _bind(family: int, address: Any, *, dual: bool = False) -> socket.socket:
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
         sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_tcp(beside: socket.socket) -> socket.socket:
+    """A TCP socket that listens where the UDP socket ``beside`` is bound. Raises OSError."""
+    sock = socket.socket(beside.family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if beside.family == socket.AF_INET6:
+            only = beside.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        sock.bind(beside.getsockname())
+        sock.listen(TCP_BACKLOG)
     except BaseException:
         sock.close()
         raise

@@ -1,4 +1,4 @@
-"""Two endpoints in one process, over loopback."""
+"""Two endpoints in one process, over loopback: what holds for QUIC and for TLS over TCP."""
 
 import hashlib
 import os
@@ -14,8 +14,13 @@ from edgesync.wire.messages import Interested, Join, Joined
 MANIFEST = Digest("ab" * 32)
 
 
-async def test_both_sides_ask_for_pieces_on_one_connection() -> None:
-    async with TestFleet() as fleet:
+@pytest.fixture(params=[False, True], ids=["quic", "tls"])
+def over_tls(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+async def test_both_sides_ask_for_pieces_on_one_connection(over_tls: bool) -> None:
+    async with TestFleet(over_tls=over_tls) as fleet:
         left, right = await fleet.device("left"), await fleet.device("right")
         ids = [left.shelf.put(os.urandom(70_000)) for _ in range(20)]
         more = [right.shelf.put(os.urandom(1000)) for _ in range(5)]
@@ -33,8 +38,8 @@ async def test_both_sides_ask_for_pieces_on_one_connection() -> None:
         assert back.listen_port == left.endpoint.port
 
 
-async def test_messages_and_blobs() -> None:
-    async with TestFleet() as fleet:
+async def test_messages_and_blobs(over_tls: bool) -> None:
+    async with TestFleet(over_tls=over_tls) as fleet:
         left, gateway = await fleet.device("left"), await fleet.gateway("hub")
         blob = os.urandom(3_000_000)
         gateway.handler.blobs["timestamp"] = blob
@@ -47,8 +52,8 @@ async def test_messages_and_blobs() -> None:
             await conn.fetch("root/7", 1000)
 
 
-async def test_a_stranger_joins() -> None:
-    async with TestFleet() as fleet:
+async def test_a_stranger_joins(over_tls: bool) -> None:
+    async with TestFleet(over_tls=over_tls) as fleet:
         gateway = await fleet.gateway("hub")
         joiner = await fleet.stranger("new")
         gateway.handler.blobs["root/1"] = b"root"
@@ -56,7 +61,9 @@ async def test_a_stranger_joins() -> None:
             state="accepted", device_id=join.device_id, gateway_id="hub", region="r", root_version=1
         )
         conn = await joiner.endpoint.join(
-            ("127.0.0.1", gateway.endpoint.port), expected_key=gateway.identity.key
+            ("127.0.0.1", gateway.endpoint.port),
+            expected_key=gateway.identity.key,
+            over_tls=over_tls,
         )
         assert conn.server_certificate_sha256 == gateway.endpoint.certificate_sha256
         answer = await conn.ask(
@@ -73,8 +80,8 @@ async def test_a_stranger_joins() -> None:
         await conn.close()
 
 
-async def test_a_stranger_is_no_member() -> None:
-    async with TestFleet() as fleet:
+async def test_a_stranger_is_no_member(over_tls: bool) -> None:
+    async with TestFleet(over_tls=over_tls) as fleet:
         left, stranger = await fleet.device("left"), await fleet.stranger("mallory")
         with pytest.raises(NotAuthorizedError):
             await stranger.connect(left)

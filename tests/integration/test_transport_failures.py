@@ -58,8 +58,20 @@ MANIFEST = Digest("ab" * 32)
 
 @pytest.fixture
 async def fleet() -> AsyncIterator[TestFleet]:
+    async for fleet in _fleet(over_tls=False):
+        yield fleet
+
+
+@pytest.fixture(params=[False, True], ids=["quic", "tls"])
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[TestFleet]:
+    """A fleet for what must hold whatever carries it."""
+    async for fleet in _fleet(over_tls=bool(request.param)):
+        yield fleet
+
+
+async def _fleet(*, over_tls: bool) -> AsyncIterator[TestFleet]:
     before = asyncio.all_tasks()
-    async with TestFleet() as fleet:
+    async with TestFleet(over_tls=over_tls) as fleet:
         yield fleet
     leaked = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not leaked, leaked
@@ -102,22 +114,24 @@ async def test_names_that_lead_nowhere(fleet: TestFleet) -> None:
         await peer.endpoint.connect(("::1", 1), timeout_s=5)
 
 
-async def test_another_key_answers(fleet: TestFleet) -> None:
-    a, b, c = await fleet.device("a"), await fleet.device("b"), await fleet.device("c")
+async def test_another_key_answers(either: TestFleet) -> None:
+    a, b, c = await either.device("a"), await either.device("b"), await either.device("c")
     with pytest.raises(NotAuthorizedError):
-        await a.endpoint.connect(b.address, expected_key=c.identity.key)
+        await a.endpoint.connect(b.address, expected_key=c.identity.key, over_tls=either.over_tls)
     assert b.handler.connections.empty()
 
 
-async def test_no_joins_at_a_device(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_no_joins_at_a_device(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     with pytest.raises((VersionMismatchError, ProtocolError)):
-        await a.endpoint.join(b.address, expected_key=b.identity.key)
+        await a.endpoint.join(b.address, expected_key=b.identity.key, over_tls=either.over_tls)
 
 
-async def test_a_refused_join(fleet: TestFleet) -> None:
-    a, hub = await fleet.stranger("a"), await fleet.gateway("hub")
-    conn = await a.endpoint.join(hub.address, expected_key=hub.identity.key)
+async def test_a_refused_join(either: TestFleet) -> None:
+    a, hub = await either.stranger("a"), await either.gateway("hub")
+    conn = await a.endpoint.join(
+        hub.address, expected_key=hub.identity.key, over_tls=either.over_tls
+    )
     answer = await conn.ask(
         Join(
             token_id="abcdefgh",
@@ -133,8 +147,8 @@ async def test_a_refused_join(fleet: TestFleet) -> None:
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.002, 0.005, 0.01, 0.02, 0.04])
-async def test_a_dial_can_be_cancelled_at_any_time(fleet: TestFleet, moment: float) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_a_dial_can_be_cancelled_at_any_time(either: TestFleet, moment: float) -> None:
+    a, b = await either.device("a"), await either.device("b")
     task = asyncio.create_task(a.connect(b))
     await asyncio.sleep(moment)
     task.cancel()
@@ -146,17 +160,17 @@ async def test_a_dial_can_be_cancelled_at_any_time(fleet: TestFleet, moment: flo
         assert a.endpoint.stats().budget_used == 0
 
 
-async def test_more_dials_at_once_than_strangers_are_let_in(fleet: TestFleet) -> None:
-    hub = await fleet.gateway("hub")
-    peers = [await fleet.device(f"d{n}") for n in range(12)]
+async def test_more_dials_at_once_than_strangers_are_let_in(either: TestFleet) -> None:
+    hub = await either.gateway("hub")
+    peers = [await either.device(f"d{n}") for n in range(12)]
     conns = await asyncio.gather(*(p.connect(hub, timeout_s=10) for p in peers))
     assert len({c.peer.key for c in conns}) == 1
     assert len(hub.endpoint.connections) == 12
 
 
-async def test_a_full_house_says_so(fleet: TestFleet) -> None:
-    hub = await fleet.gateway("hub", EndpointConfig(role="gateway", max_connections=1))
-    first, second = await fleet.device("a"), await fleet.device("b")
+async def test_a_full_house_says_so(either: TestFleet) -> None:
+    hub = await either.gateway("hub", EndpointConfig(role="gateway", max_connections=1))
+    first, second = await either.device("a"), await either.device("b")
     conn = await first.connect(hub)
     with pytest.raises(PeerBusyError) as caught:
         await second.connect(hub)
@@ -166,8 +180,8 @@ async def test_a_full_house_says_so(fleet: TestFleet) -> None:
     await second.connect(hub)
 
 
-async def test_both_dial_each_other_and_keep_the_same_one(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_both_dial_each_other_and_keep_the_same_one(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     from_a, from_b = await asyncio.gather(a.connect(b), b.connect(a))
     at_a = [await a.handler.next_connection() for _ in range(2)]
     at_b = [await b.handler.next_connection() for _ in range(2)]
@@ -181,9 +195,9 @@ async def test_both_dial_each_other_and_keep_the_same_one(fleet: TestFleet) -> N
     assert (await gathered(keep_a.request(MANIFEST, ids)))[0].data == b"x"
 
 
-async def test_many_sessions_of_one_member_close_its_oldest(fleet: TestFleet) -> None:
-    hub = await fleet.gateway("hub")
-    a = await fleet.device("a")
+async def test_many_sessions_of_one_member_close_its_oldest(either: TestFleet) -> None:
+    hub = await either.gateway("hub")
+    a = await either.device("a")
     conns = [await a.connect(hub) for _ in range(limits.MAX_CONNECTIONS_PER_KEY + 1)]
     await asyncio.wait_for(conns[0].closed.wait(), 5)
     assert all(not c.closed.is_set() for c in conns[1:])
@@ -192,10 +206,10 @@ async def test_many_sessions_of_one_member_close_its_oldest(fleet: TestFleet) ->
 # --- trust changes
 
 
-async def test_a_banned_member_is_out_at_once(fleet: TestFleet) -> None:
-    a, b, c = await fleet.device("a"), await fleet.device("b"), await fleet.device("c")
+async def test_a_banned_member_is_out_at_once(either: TestFleet) -> None:
+    a, b, c = await either.device("a"), await either.device("b"), await either.device("c")
     bad, good = await a.connect(b), await c.connect(b)
-    fleet.banned.add(a.identity.key)
+    either.banned.add(a.identity.key)
     await b.endpoint.rejudge()
     assert isinstance(await a.handler.next_end(), NotAuthorizedError)
     assert isinstance(await b.handler.next_end(), NotAuthorizedError)
@@ -228,8 +242,8 @@ def with_handler(peer: TestPeer, handler: TestHandler) -> None:
         connection._handler = handler
 
 
-async def test_a_peer_that_stalls_is_given_up(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_a_peer_that_stalls_is_given_up(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     conn = await a.connect(b)
     await b.handler.next_connection()
     with_handler(b, Slow())
@@ -240,8 +254,8 @@ async def test_a_peer_that_stalls_is_given_up(fleet: TestFleet) -> None:
     assert not conn.closed.is_set(), "a slow peer is not a bad one"
 
 
-async def test_a_mistake_of_the_handler_costs_the_stream_alone(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_a_mistake_of_the_handler_costs_the_stream_alone(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     conn = await a.connect(b)
     await b.handler.next_connection()
     old = b.handler
@@ -252,8 +266,8 @@ async def test_a_mistake_of_the_handler_costs_the_stream_alone(fleet: TestFleet)
     assert (await gathered(conn.request(MANIFEST, [old.shelf.put(b"x")])))[0].data == b"x"
 
 
-async def test_leaving_a_request_early_ends_it_at_both_ends(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_leaving_a_request_early_ends_it_at_both_ends(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(100_000)) for _ in range(100)]
     conn = await a.connect(b)
     other = await b.handler.next_connection()
@@ -268,8 +282,8 @@ async def test_leaving_a_request_early_ends_it_at_both_ends(fleet: TestFleet) ->
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.001, 0.003, 0.01, 0.03, 0.1])
-async def test_a_request_can_be_cancelled_at_any_time(fleet: TestFleet, moment: float) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_a_request_can_be_cancelled_at_any_time(either: TestFleet, moment: float) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(100_000)) for _ in range(50)]
     conn = await a.connect(b)
     other = await b.handler.next_connection()
@@ -282,8 +296,8 @@ async def test_a_request_can_be_cancelled_at_any_time(fleet: TestFleet, moment: 
     assert a.endpoint.stats().budget_used == a.endpoint.config.base_window()
 
 
-async def test_an_asker_that_does_not_read_holds_the_server_back(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_an_asker_that_does_not_read_holds_the_server_back(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(100_000)) for _ in range(200)]
     conn = await a.connect(b)
     other = await b.handler.next_connection()
@@ -296,8 +310,8 @@ async def test_an_asker_that_does_not_read_holds_the_server_back(fleet: TestFlee
     assert len(rest) == 199
 
 
-async def test_requests_do_not_starve_each_other(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_requests_do_not_starve_each_other(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(60_000)) for _ in range(30)]
     conn = await a.connect(b)
     stuck = conn.request(MANIFEST, ids, max_piece_bytes=60_000)
@@ -308,8 +322,8 @@ async def test_requests_do_not_starve_each_other(fleet: TestFleet) -> None:
     await stuck.aclose()
 
 
-async def test_more_requests_than_streams_wait_their_turn(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_more_requests_than_streams_wait_their_turn(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(5_000)) for _ in range(10)]
     conn = await a.connect(b)
     got = await asyncio.gather(
@@ -318,9 +332,9 @@ async def test_more_requests_than_streams_wait_their_turn(fleet: TestFleet) -> N
     assert all(len(answers) == 10 for answers in got)
 
 
-async def test_a_small_budget_only_slows(fleet: TestFleet) -> None:
+async def test_a_small_budget_only_slows(either: TestFleet) -> None:
     config = EndpointConfig(budget_bytes=2_000_000, max_connections=10)
-    a, b = await fleet.device("a", config), await fleet.device("b")
+    a, b = await either.device("a", config), await either.device("b")
     ids = [b.shelf.put(os.urandom(200_000)) for _ in range(10)]
     conn = await a.connect(b)
     peak = 0
@@ -547,8 +561,8 @@ async def test_a_nat_that_forgets_does_not_end_a_transfer(fleet: TestFleet) -> N
         nat.close()
 
 
-async def test_closing_while_everything_runs(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_closing_while_everything_runs(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     ids = [b.shelf.put(os.urandom(50_000)) for _ in range(200)]
     conn = await a.connect(b)
     transfers = [
@@ -566,8 +580,8 @@ async def test_closing_while_everything_runs(fleet: TestFleet) -> None:
         await b.connect(a)
 
 
-async def test_what_is_closed_is_freed(fleet: TestFleet) -> None:
-    a, b = await fleet.device("a"), await fleet.device("b")
+async def test_what_is_closed_is_freed(either: TestFleet) -> None:
+    a, b = await either.device("a"), await either.device("b")
     gc.collect()
     gc.disable()
     try:

@@ -1,0 +1,112 @@
+"""Carries MQTT from the gateway's TLS port to an external broker, for devices that cannot reach the broker's port.
+
+Bytes go through unread: TLS is between device and broker, who judge each other's certificates as ever. What it does
+not do: parse MQTT, count messages, reconnect. Bounds: connections in all and per address, one chunk of
+MAX_CHUNK_BYTES per direction, and an end for every silence.
+
+Called by ``gateway.daemon``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections import Counter
+from typing import Final
+
+from edgesync import limits
+from edgesync.io.broker_url import BrokerAddress
+
+logger = logging.getLogger(__name__)
+
+MAX_CHUNK_BYTES: Final = 16 * limits.KIB
+CONNECT_TIMEOUT_S: Final = 10.0
+SILENCE_S: Final = 2.0 * limits.MAX_MQTT_KEEPALIVE_S
+MAX_PER_ADDRESS: Final = limits.MAX_MQTT_CLIENTS // 4
+"""A whole site may come from behind one address."""
+
+
+class MqttRelay:
+    def __init__(self, broker: BrokerAddress) -> None:
+        self._broker = broker
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._by_host: Counter[str] = Counter()
+        self.refused = 0
+
+    def adopt(self, connection: socket.socket, host: str) -> None:
+        """Relay a TCP connection from ``host`` of which nothing was read yet."""
+        if (
+            len(self._tasks) >= limits.MAX_MQTT_CLIENTS
+            or self._by_host[host] >= MAX_PER_ADDRESS
+            or not self._broker.tls
+        ):
+            self.refused += 1
+            connection.close()
+            return
+        self._by_host[host] += 1
+        task = asyncio.ensure_future(self._relay(connection, host))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _relay(self, near: socket.socket, host: str) -> None:
+        far: socket.socket | None = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                far = await self._connect()
+            tasks = {
+                asyncio.ensure_future(_copy(near, far)),
+                asyncio.ensure_future(_copy(far, near)),
+            }
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        except (OSError, TimeoutError) as exc:
+            logger.info("mqtt for %s cannot be relayed to %s: %s", host, self._broker, exc)
+        finally:
+            near.close()
+            if far is not None:
+                far.close()
+            self._by_host[host] -= 1
+            if not self._by_host[host]:
+                del self._by_host[host]
+
+    async def _connect(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        error: OSError = OSError("the broker has no address")
+        found = await loop.getaddrinfo(
+            self._broker.host, self._broker.port, type=socket.SOCK_STREAM
+        )
+        for family, kind, number, _, address in found[:4]:
+            far = socket.socket(family, kind, number)
+            far.setblocking(False)
+            try:
+                await loop.sock_connect(far, address)
+            except OSError as exc:
+                error = exc
+                far.close()
+            except BaseException:
+                far.close()
+                raise
+            else:
+                return far
+        raise error
+
+
+async def _copy(source: socket.socket, sink: socket.socket) -> None:
+    """Until either end closes, or nothing moves for SILENCE_S."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError, TimeoutError):
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                data = await loop.sock_recv(source, MAX_CHUNK_BYTES)
+                if not data:
+                    return
+                await loop.sock_sendall(sink, data)

@@ -1,0 +1,97 @@
+"""QUIC or TLS: the verdict about UDP with time as an argument, and who wins a dial."""
+
+import asyncio
+import random
+
+import pytest
+
+from device import reaching
+from device.reaching import UdpVerdict, reach
+from edgesync.errors import NotAuthorizedError, PeerTimeoutError, PeerUnreachableError
+
+WHERE = ("127.0.0.1", 9)
+
+
+def test_pauses_grow_to_a_bound_and_an_answer_forgets_them() -> None:
+    verdict = UdpVerdict(random.Random(1))
+    pauses = []
+    for _ in range(12):
+        verdict.blocked("net", now=0.0)
+        pauses.append(verdict.probe_at("net"))
+    assert all(p is not None and p <= 1.25 * reaching.MAX_PAUSE_S for p in pauses)
+    assert pauses[0] is not None
+    assert pauses[0] <= 1.25 * reaching.MIN_PAUSE_S
+    assert verdict.is_blocked("net")
+    assert not verdict.is_blocked("another")
+    assert verdict.open("net")
+    assert not verdict.open("net")
+    assert verdict.probe_at("net") is None
+
+
+def test_few_networks_are_remembered() -> None:
+    verdict = UdpVerdict()
+    for number in range(100):
+        verdict.blocked(str(number), now=0.0)
+    assert not verdict.is_blocked("0")
+    assert verdict.is_blocked("99")
+
+
+class Dials:
+    def __init__(self, quic: Exception | None, tls: Exception | None) -> None:
+        self.outcome = {False: quic, True: tls}
+        self.made: list[str] = []
+
+    async def __call__(self, *, over_tls: bool, timeout_s: float) -> str:
+        del timeout_s
+        name = "tls" if over_tls else "quic"
+        self.made.append(name)
+        await asyncio.sleep(0)
+        if (error := self.outcome[over_tls]) is not None:
+            raise error
+        return name
+
+
+async def test_quic_is_enough_where_it_answers() -> None:
+    dials = Dials(None, None)
+    assert await reach(UdpVerdict(), WHERE, dials, timeout_s=1) == "quic"
+    assert dials.made == ["quic"]
+
+
+async def test_what_quic_answered_is_not_asked_again_by_tls() -> None:
+    dials = Dials(NotAuthorizedError("no"), None)
+    with pytest.raises(NotAuthorizedError):
+        await reach(UdpVerdict(), WHERE, dials, timeout_s=1)
+    assert dials.made == ["quic"]
+
+
+async def test_silence_leads_to_tls_and_is_remembered() -> None:
+    verdict = UdpVerdict()
+    dials = Dials(PeerTimeoutError("silence"), None)
+    assert await reach(verdict, WHERE, dials, timeout_s=1) == "tls"
+    assert await reach(verdict, WHERE, dials, timeout_s=1) == "tls"
+    assert dials.made == ["quic", "tls", "tls"]
+
+
+async def test_both_dead_is_no_verdict_about_udp() -> None:
+    verdict = UdpVerdict()
+    dials = Dials(PeerTimeoutError("silence"), PeerUnreachableError("no"))
+    with pytest.raises(PeerTimeoutError):
+        await reach(verdict, WHERE, dials, timeout_s=1)
+    assert not verdict.is_blocked(reaching.network_towards(WHERE))
+
+
+async def test_a_probe_that_is_answered_ends_the_verdict() -> None:
+    verdict = UdpVerdict()
+    network = reaching.network_towards(WHERE)
+    verdict.blocked(network, now=0.0)
+
+    async def answered() -> None:
+        return None
+
+    async def silent() -> None:
+        raise PeerTimeoutError("silence")
+
+    assert not await reaching.probe(verdict, WHERE, silent)
+    assert verdict.is_blocked(network)
+    assert await reaching.probe(verdict, WHERE, answered)
+    assert not verdict.is_blocked(network)
