@@ -195,6 +195,10 @@ class PeerConnection:
         """
         question = PieceQuestion(manifest, pieces, encodings, max_piece_bytes=max_piece_bytes)
         async with self._asked(codec.encode(question.request)) as stream:
+            held = [cap for cap in self.receive_caps if cap.rate_bytes_s]
+            if held:
+                # Before the grant: what was granted once cannot be taken back.
+                stream.hold_back(min(cap.window_bytes(self.rtt) for cap in held))
             await stream.grant(2 * max_piece_bytes + limits.MEMBER_STREAM_WINDOW_BYTES)
             stream.follow_path()
             while question.waiting:
