@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.netbench import page
 from benchmarks.netbench.edgesync_fleet import EdgeSync
 from benchmarks.netbench.files import Http, Rsync
-from benchmarks.netbench.links import LINKS, Link
+from benchmarks.netbench.links import LINKS, OF_SITES, Link
 from benchmarks.netbench.results import Results, goodputs, machine, revision
 from benchmarks.netbench.rig import LabError, behind
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED, run_once
@@ -30,6 +30,7 @@ def contenders(cache: Path) -> dict[str, Contender]:
     found: list[Contender] = [
         EdgeSync("edgesync-bbr", "EdgeSync (BBR)", congestion="bbr"),
         EdgeSync("edgesync-cubic", "EdgeSync (CUBIC)", congestion="cubic"),
+        EdgeSync("edgesync", "EdgeSync (as it chooses)"),
         Http("curl-bbr", "curl, TCP BBR", tcp="bbr"),
         Http("curl-cubic", "curl, TCP CUBIC", tcp="cubic"),
         Http("aria2-16", "aria2, 16 connections", tcp="cubic", connections=16),
@@ -99,9 +100,7 @@ def _measure(
     versions = {key: contender.version() for key, contender in able.items()}
     for link in links:
         share = page.payload(link, size)
-        tools = [
-            key for key in able if (key in link.only if link.only else key != "libtorrent-super")
-        ]
+        tools = [key for key in able if (key in link.only if link.only else key not in OF_SITES)]
         payload = Payload.make(CACHE, share, seed=SEED)
         for number in range(1, repeat + 1):
             # Another order each round: nobody always runs after the same neighbour.

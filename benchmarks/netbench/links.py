@@ -48,8 +48,10 @@ class Link:
         return self.rate_bit_s * (1 - self.loss)
 
 
+OF_SITES = frozenset({"edgesync", "libtorrent-super"})
+"""Contenders that differ from another only where devices have neighbours."""
 SITE = (
-    "edgesync-bbr",
+    "edgesync",
     "libtorrent",
     "libtorrent-super",
     "syncthing-tcp",
