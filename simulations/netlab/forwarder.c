@@ -40,7 +40,7 @@ struct packet {
 struct direction {
     /* settings */
     double rate;        /* bits per second at IP level; 0: unlimited */
-    double delay, jitter; /* seconds */
+    double delay, jitter; /* seconds; jitter wanders between its ends, so that packets keep their order and their mean */
     double loss;        /* probability */
     double burst;       /* mean packets a loss lasts; 1: independent */
     double reorder, reorder_by; /* probability of an extra delay, seconds of it */
@@ -51,7 +51,9 @@ struct direction {
     double police, police_burst; /* bits per second above which packets are dropped, bytes */
     /* state */
     int bad;
-    int64_t busy_until, last_out, police_at;
+    int64_t busy_until, last_out, police_at, turn_at; /* turn_at: when the jitter reaches `toward` */
+    double from, toward;
+    uint64_t chances;
     double tokens;
     struct packet *heap;
     int count;
@@ -72,10 +74,8 @@ static struct { const char *name; size_t at; } keys[] = {
     {"police", offsetof(struct direction, police)}, {"police_burst", offsetof(struct direction, police_burst)},
 };
 
-static uint64_t seed_state;
-
-static double chance(void) { /* splitmix64 */
-    uint64_t z = (seed_state += 0x9e3779b97f4a7c15ull);
+static double chance(struct direction *d) { /* splitmix64; each direction draws its own */
+    uint64_t z = (d->chances += 0x9e3779b97f4a7c15ull);
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return ((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
@@ -115,12 +115,23 @@ static struct packet pop(struct direction *d) {
     return top;
 }
 
+static double wandering(struct direction *d, int64_t now) {
+    double period = 4 * d->jitter; /* less than a second a second: what left later never comes first */
+    while (now >= d->turn_at) {
+        d->turn_at = (now - d->turn_at > (int64_t)(period * 1e9) ? now : d->turn_at) + (int64_t)(period * 1e9);
+        d->from = d->toward;
+        d->toward = (2 * chance(d) - 1) * d->jitter;
+    }
+    double left = (d->turn_at - now) * 1e-9 / period;
+    return d->toward + (d->from - d->toward) * left;
+}
+
 static int lost(struct direction *d) {
     if (d->loss <= 0) { d->bad = 0; return 0; }
-    if (d->burst <= 1) return chance() < d->loss;
+    if (d->burst <= 1) return chance(d) < d->loss;
     /* Gilbert-Elliott: all is lost in the bad state, nothing in the good one */
     double leave = 1 / d->burst, enter = d->loss * leave / (1 - d->loss);
-    d->bad = d->bad ? chance() >= leave : chance() < enter;
+    d->bad = d->bad ? chance(d) >= leave : chance(d) < enter;
     return d->bad;
 }
 
@@ -162,12 +173,12 @@ static void arrived(struct direction *d, const uint8_t *data, uint32_t size, int
     d->busy_until = start;
     if (lost(d)) { d->lost++; return; }
     int64_t out = start + (int64_t)(d->delay * 1e9);
-    if (d->jitter) out += (int64_t)((2 * chance() - 1) * d->jitter * 1e9);
+    if (d->jitter) out += (int64_t)(wandering(d, start) * 1e9);
     if (out < d->last_out) out = d->last_out; /* a queue keeps order; only `reorder` breaks it */
     d->last_out = out;
-    if (d->reorder && chance() < d->reorder) out += (int64_t)(d->reorder_by * 1e9);
+    if (d->reorder && chance(d) < d->reorder) out += (int64_t)(d->reorder_by * 1e9);
     enqueue(d, data, size, out);
-    if (d->duplicate && chance() < d->duplicate) enqueue(d, data, size, out);
+    if (d->duplicate && chance(d) < d->duplicate) enqueue(d, data, size, out);
 }
 
 static void deliver(struct direction *d, int64_t now) {
@@ -229,11 +240,11 @@ static void obey(struct direction *two, char *line) {
 int main(int argc, char **argv) {
     if (argc != 6) { fprintf(stderr, "usage: forwarder NETNS_A DEV_A NETNS_B DEV_B SEED\n"); return 2; }
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    seed_state = strtoull(argv[5], NULL, 10);
     struct direction two[2] = {{.burst = 1, .queue = 1e6}, {.burst = 1, .queue = 1e6}};
     int fds[2] = {open_tun(argv[1], argv[2]), open_tun(argv[3], argv[4])};
     for (int i = 0; i < 2; i++) {
         two[i].to = fds[!i];
+        two[i].chances = strtoull(argv[5], NULL, 10) * 2 + i;
         two[i].heap = malloc(sizeof(struct packet) * (MAX_HELD + 1));
     }
     prctl(PR_SET_TIMERSLACK, 1000);

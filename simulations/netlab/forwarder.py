@@ -57,7 +57,7 @@ class Impairment:
     delay: float = 0.0
     """Seconds, one way."""
     jitter: float = 0.0
-    """Seconds, plus or minus; order is kept."""
+    """Seconds, plus or minus: the delay wanders between both ends in four times as long; order and mean are kept."""
     loss: float = 0.0
     """Share of packets, 0 to 1."""
     burst: float = 1.0

@@ -126,10 +126,18 @@ def remove_left_behind(*, everything: bool = False) -> list[str]:
         owner, dash, _ = name.removeprefix(PREFIX).partition("-")
         if not name.startswith(PREFIX) or not dash or not owner.isdigit():
             continue
-        if everything or not Path(f"/proc/{owner}").exists():
+        if everything or not is_alive(int(owner)):
             remove_namespace(name)
             removed.append(name)
     return removed
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state not in {"Z", "X"}
+    return False
 
 
 def clean_environment() -> dict[str, str]:
@@ -159,7 +167,8 @@ class Child:
         self._cpu_s = 0.0
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                host.inside(argv),
+                # A laboratory that is killed takes its processes along.
+                host.inside(["setpriv", "--pdeathsig", "KILL", *argv]),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

@@ -4,6 +4,7 @@ Counting follows the programs' own counters (piece bodies as carried); link coun
 thing only, whether every device holds the tree that was published.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -128,6 +129,7 @@ class _Run:
         self.size = size
         self.log = log
         self.timeline = _Timeline(scenario.faults)
+        self._outages: dict[str, int] = {}
         self.fleet = Fleet(
             lab,
             work,
@@ -234,14 +236,17 @@ class _Run:
         fleet = self.fleet
         match fault.do:
             case "outage":
-                link = self._site(fault.site).link
-                link.set(down=1)
-                return lambda: link.set(down=0)
+                return self._cut(self._site(fault.site))
             case "set":
                 link = self._site(fault.site).link
-                there, back = link.there, link.back
+                before = (link.there, link.back)
                 link.set(None, None, **fault.values)
-                return lambda: link.set(there, back)
+                return lambda: link.set(
+                    *(
+                        dataclasses.replace(now, **{key: getattr(old, key) for key in fault.values})
+                        for now, old in zip((link.there, link.back), before, strict=True)
+                    )
+                )
             case "kill":
                 agent = fleet.agent(fault.device)
                 agent.kill()
@@ -257,6 +262,18 @@ class _Run:
                 return fleet.start_gateway
             case other:
                 raise LabError(f"nobody knows how to do {other}")
+
+    def _cut(self, site: Site) -> Callable[[], None]:
+        """Outages may overlap: the link is up again after the last of them."""
+        self._outages[site.name] = self._outages.get(site.name, 0) + 1
+        site.link.set(down=1)
+
+        def end() -> None:
+            self._outages[site.name] -= 1
+            if not self._outages[site.name]:
+                site.link.set(down=0)
+
+        return end
 
     def _site(self, name: str) -> Site:
         return next(site for site in self.lab.sites if site.name == name)

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from simulations.netlab.forwarder import Impairment
-from simulations.netlab.hosts import LabError, run
+from simulations.netlab.hosts import LabError, is_alive, run
 from simulations.netlab.lab import Lab
 from simulations.netlab.verify import ping
 
@@ -88,7 +89,10 @@ def test_a_moved_device_is_reached_at_its_new_address_only() -> None:
 def test_what_a_killed_run_left_behind_is_removed_by_the_next() -> None:
     script = (
         "import sys,signal\nfrom simulations.netlab.lab import Lab\n"
-        "lab=Lab(); lab.add_site('plant', devices=1)\nprint('up',flush=True)\nsignal.pause()\n"
+        "lab=Lab(); lab.add_site('plant', devices=1)\nprint('up',flush=True)\n"
+        "import pathlib\nchild = lab.source.start('sleep', ['sleep', '1000'], log=pathlib.Path('/dev/null'))\n"
+        "print(child.pid, flush=True)\n"
+        "signal.pause()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
@@ -97,9 +101,49 @@ def test_what_a_killed_run_left_behind_is_removed_by_the_next() -> None:
         assert child.stdout.readline() == "up\n"
         left = namespaces(f"nl{child.pid}-")
         assert len(left) == 4
+        sleeper = int(child.stdout.readline())
         child.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while is_alive(sleeper):
+        assert time.monotonic() < deadline, "a process outlived its laboratory"
     with Lab():
         assert namespaces(f"nl{child.pid}-") == []
+
+
+def test_a_firewall_lets_no_udp_pass_or_one_tcp_port_only() -> None:
+    listen = "import socket,sys;s=socket.create_server(('0.0.0.0',int(sys.argv[1])));print(1,flush=True);s.accept()"
+    dial = "import socket,sys;socket.create_connection((sys.argv[1],int(sys.argv[2])),1.5).close()"
+    with Lab() as lab:
+        site = lab.add_site("plant", devices=1)
+        host = site.devices[0]
+        for port, passes in ((4000, True), (4001, False)):
+            site.link.set(only_port=4000)
+            server = subprocess.Popen(
+                lab.source.inside([sys.executable, "-c", listen, str(port)]),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert server.stdout is not None
+            assert server.stdout.readline() == "1\n"
+            done = subprocess.run(
+                host.inside([sys.executable, "-c", dial, lab.source.address, str(port)]),
+                capture_output=True,
+                check=False,
+            )
+            server.kill()
+            server.communicate()
+            assert (done.returncode == 0) == passes
+        assert ping(lab.source, host.address, count=2) == []
+        site.link.set(only_port=0, no_udp=1)
+        assert len(ping(lab.source, host.address, count=2)) == 2
+        before = site.link.counters()[1].blocked
+        host.call(
+            sys.executable,
+            "-c",
+            "import socket,sys;socket.socket(socket.AF_INET,socket.SOCK_DGRAM).sendto(b'x',(sys.argv[1],9))",
+            lab.source.address,
+        )
+        assert site.link.counters()[1].blocked == before + 1
 
 
 def test_only_nat_can_be_rebound() -> None:
