@@ -174,6 +174,7 @@ class Agent:
             state=self._state,
             in_storage=self._in_storage,
             utc_now=self._trust_store.now,
+            background=settings.background,
         )
         self._swarm = Swarm(
             store=self._store,
@@ -194,6 +195,7 @@ class Agent:
                 config=EndpointConfig(
                     agent=f"edgesync {__version__}",
                     congestion=settings.congestion,
+                    background=settings.background,
                     versions=self._versions,
                     proxy=settings.proxies(),
                 ),
@@ -577,6 +579,7 @@ class Agent:
             counters={row.digest: self._counters(row.digest) for row in rows},
             metadata=status.metadata_facts(self._metadata.trusted),
             caps=self._caps.rows(),
+            background=self._settings.background,
             problems=problems,
             running=True,
         )

@@ -41,13 +41,16 @@ class DeviceCaps:
         state: StateDatabase | None,
         in_storage: Callable[..., Awaitable[Any]],
         utc_now: Callable[[], float],
+        background: bool = False,
     ) -> None:
+        """``background``: leave room to others in all that is sent out of the site."""
         self._device = device_id
         self._site = site
         self._own = list(own)
         self._state = state
         self._in_storage = in_storage
         self._utc_now = utc_now
+        self._background = background
         self._message: mqtt.Caps | None = None
         self._changed = asyncio.Event()
         self._total = Throttle()
@@ -64,6 +67,8 @@ class DeviceCaps:
         """Hold a new connection to the caps."""
         if conn.peer.role == "gateway" or not is_near(conn.address[0], _networks()):
             throttles = [self._total, self._out]
+            if self._background or conn.peer_background:
+                conn.yield_to_others()
         else:
             throttles = [self._total]
         conn.send_caps = tuple(one.upload for one in throttles)

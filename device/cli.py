@@ -149,6 +149,10 @@ def run(
     download_limit: Annotated[
         str | None, typer.Option("--download-limit", help="Bytes per second fetched.")
     ] = None,
+    background: Annotated[
+        bool,
+        typer.Option("--background", help="Leave room to other traffic of the site's line."),
+    ] = False,
     data: DataOption = None,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM."""
@@ -166,6 +170,7 @@ def run(
         "mdns": False if no_mdns else None,
         "upload_limit": upload_limit,
         "download_limit": download_limit,
+        "background": True if background else None,
     }
     config.load(
         AgentSettings, directory.config, flags=flags

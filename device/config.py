@@ -75,6 +75,11 @@ class AgentSettings:
         "What decides how fast peers and the gateway are sent to: auto (by the path), bbr (lossy and long links), lan, "
         "background (leaves room to others), cubic or reno (for comparison).",
     )
+    background: bool = setting(
+        False,
+        boolean,
+        "For metered or busy sites: what comes from and goes out of the site leaves room to other traffic.",
+    )
     reconnect_max: float = setting(
         300.0,
         parse_duration,

@@ -37,6 +37,7 @@ def build(
     problems: Iterable[str],
     running: bool,
     caps: Iterable[Mapping[str, object]] = (),
+    background: bool = False,
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
@@ -47,6 +48,7 @@ def build(
         "bundles": [_bundle(row, counters.get(row.digest, Counters())) for row in executions],
         "metadata": dict(metadata),
         "caps": [dict(cap) for cap in caps],
+        "background": background,
         "problems": list(problems),
     }
 
@@ -129,11 +131,15 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
         yield f"waiting   {gateway['waiting']}"
     metadata = shown["metadata"]
     yield f"metadata  root {metadata['root']}, timestamp {metadata['timestamp']}"
+    if shown.get("background"):
+        yield "yields    to other traffic of the site's line (background)"
     for cap in shown.get("caps", ()):
         where = "" if cap["where"] == "all" else f" ({cap['where']})"
         yield f"cap       {cap['what']}{where} {cap['text']}"
     for peer in shown["peers"]:
-        yield f"peer      {peer['id']} at {peer['address']}"
+        how = f", sent to by {peer['controller']}" if peer.get("controller") else ""
+        asks = ", asks for background" if peer.get("background") else ""
+        yield f"peer      {peer['id']} at {peer['address']}{how}{asks}"
     for bundle in shown["bundles"]:
         share = bundle["pieces_have"] / max(1, bundle["pieces_total"])
         step = f" ({bundle['step']})" if bundle["step"] else ""

@@ -252,6 +252,8 @@ class Swarm:
                 "address": "{}:{}".format(*link.conn.address),
                 "bytes_in": link.conn.bytes_in,
                 "bytes_out": link.conn.bytes_out,
+                "controller": link.conn.controller,
+                "background": link.conn.peer_background,
                 "pieces_rejected": self._rejected.get(link.key, 0),
                 "quarantined": link.key in self._quarantined,
             }

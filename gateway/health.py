@@ -73,6 +73,7 @@ class Health:
             "quic": {
                 "port": self.parts.endpoint.port,
                 "connections": stats.connections,
+                "controllers": self.parts.seeder.controllers(),
                 "unproven": stats.unproven,
                 "bytes_in": stats.bytes_in,
                 "bytes_out": stats.bytes_out,

@@ -9,7 +9,7 @@ piece by piece, so devices take turns; only durable pieces count as replicas.
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -173,6 +173,11 @@ class Seeder:
     def totals(self) -> Totals:
         return Totals(self._bytes_out, self._pieces_out)
 
+    def controllers(self) -> dict[str, int]:
+        """Sessions with devices by the congestion controller of what is sent."""
+        found = Counter(conn.controller for conn in self._connections.values())
+        return dict(sorted(found.items()))
+
     def min_site_replication(self) -> int | None:
         return self.scheduler.min_site_replication(now=self._loop.time())
 
@@ -188,6 +193,8 @@ class Seeder:
             return
         self._connections[key] = conn
         self._hold(conn)
+        if conn.peer_background:
+            conn.yield_to_others()
         self._sessions += 1
         self._session_of[key] = self._sessions
         self._runner.feed(self._connected_event(conn))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import UNSET
+
 from edgesync import limits
 from edgesync.envelope import verify_raw
 from edgesync.errors import (
@@ -107,6 +109,8 @@ class LocalPeer:
     listen_port: int = 0
     root_version: int = 0
     timestamp_version: int = 0
+    background: bool = False
+    """Ask peers to leave room to other traffic in what they send here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,8 @@ class Established:
     root_version: int
     timestamp_version: int
     observed_address: str
+    background: bool = False
+    """The peer asks that what is sent to it leaves room to other traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +270,7 @@ class Session:
                     certificate=self._me.certificate,
                     signature=self._me.signer.sign(PROOF_CONTEXT, payload),
                     listen_port=self._me.listen_port,
+                    background=self._me.background or UNSET,
                 )
             )
         ]
@@ -284,6 +291,7 @@ class Session:
                     root_version=self._me.root_version,
                     timestamp_version=self._me.timestamp_version,
                     observed_address=self._observed_address,
+                    background=self._me.background or UNSET,
                 )
             ),
             Established(
@@ -293,6 +301,7 @@ class Session:
                 root_version=0,
                 timestamp_version=0,
                 observed_address="",
+                background=message.background is True,
             ),
         ]
 
@@ -308,6 +317,7 @@ class Session:
                 root_version=message.root_version,
                 timestamp_version=message.timestamp_version,
                 observed_address=message.observed_address,
+                background=message.background is True,
             )
         ]
 

@@ -98,6 +98,8 @@ class PeerConnection:
         """Where the peer sees this machine (told by a server)."""
         self.peer_versions = (0, 0)
         """The server's root and timestamp versions as of WELCOME."""
+        self.peer_background = False
+        """The peer asks that what is sent to it leaves room to other traffic."""
         self.certificate = b""
         self.keep_alive = False
         """Set while something is wanted from the peer for longer than a stream lives."""
@@ -141,6 +143,15 @@ class PeerConnection:
         return self._link.name
 
     @property
+    def controller(self) -> str:
+        """Which congestion controller decides how fast the peer is sent to, now."""
+        return self._link.controller_name
+
+    def yield_to_others(self) -> None:
+        """From now on, what is sent to the peer leaves room to other traffic on the path."""
+        self._link.yield_to_others()
+
+    @property
     def rtt(self) -> float:
         """Smoothed round-trip time in seconds; 0.0 before the first sample."""
         return 0.0 if self._link.error is not None else self._link.smoothed_rtt()
@@ -161,6 +172,7 @@ class PeerConnection:
         self.listen_port = facts.listen_port
         self.peer_versions = (facts.root_version, facts.timestamp_version)
         self.observed_address = facts.observed_address
+        self.peer_background = facts.background
 
     # --- asking
 

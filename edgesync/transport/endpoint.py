@@ -94,6 +94,8 @@ class EndpointConfig:
     """Offer ``edgesync-join/1`` (a gateway)."""
     congestion: str = DEFAULT_CONTROLLER
     """What decides how fast this side sends: one of ``controller_names.SETTINGS``."""
+    background: bool = False
+    """Ask peers to leave room to other traffic in what they send here."""
     tcp: bool = False
     """Take the same protocols over TLS on the TCP port of the same number (a gateway)."""
     proxy: ProxySettings = field(default_factory=ProxySettings)
@@ -432,6 +434,7 @@ class Endpoint:
             listen_port=self.port if self.config.announce_port else 0,
             root_version=root,
             timestamp_version=timestamp,
+            background=self.config.background,
         )
 
     def judge_server(self, der: bytes, expected_key: PeerKey | None) -> PeerIdentity:

@@ -28,6 +28,7 @@ from edgesync.errors import (
     VersionMismatchError,
 )
 from edgesync.peer.session import error_from_code, printable
+from edgesync.transport.congestion.choice import PathController
 from edgesync.transport.flow import Budget
 from edgesync.transport.quic import BoundedQuicConnection
 from edgesync.transport.streams import LinkOwner, Stream
@@ -134,6 +135,15 @@ class Link:
     @property
     def name(self) -> str:
         return "QUIC"
+
+    @property
+    def controller_name(self) -> str:
+        return self.quic.controller.status().name
+
+    def yield_to_others(self) -> None:
+        controller = self.quic.controller
+        if isinstance(controller, PathController) and controller.may_choose:
+            controller.choose("background", self.loop.time())
 
     @property
     def unproven(self) -> bool:

@@ -53,6 +53,13 @@ class Carrier(Protocol):
         """``QUIC`` or ``TLS``."""
 
     @property
+    def controller_name(self) -> str:
+        """What decides how fast this side sends."""
+
+    def yield_to_others(self) -> None:
+        """Leave room to other traffic of the path in what this side sends, where the carrier can."""
+
+    @property
     def current_address(self) -> Address: ...
     @property
     def base_window(self) -> int: ...

@@ -148,6 +148,13 @@ class TlsLink:
         return "TLS"
 
     @property
+    def controller_name(self) -> str:
+        return self._pipe.controller_name()
+
+    def yield_to_others(self) -> None:
+        self._pipe.yield_to_others()
+
+    @property
     def current_address(self) -> Address:
         return self.address
 

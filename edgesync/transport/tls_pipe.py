@@ -186,6 +186,21 @@ class TlsPipe:
         except (OSError, struct.error):
             return 0.0
 
+    def controller_name(self) -> str:
+        """The kernel's congestion control for what is sent; empty where it does not tell."""
+        try:
+            found = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        except OSError:
+            return ""
+        return found.rstrip(b"\0").decode("ascii", "replace")
+
+    def yield_to_others(self) -> None:
+        """As far as this kernel can: TCP-LP where it has it, else CUBIC, which backs off sooner than BBR."""
+        for name in (b"lp", b"cubic"):
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+                return
+
     def _break(self, reason: str) -> None:
         if not self.closed:
             unheard = self._received == 0

@@ -15,7 +15,7 @@ Three places a message may stand:
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edgesync import limits
 
@@ -59,6 +59,8 @@ class Proof(Struct, frozen=True, kw_only=True, tag=3):
     signature: Signature
     listen_port: Port = 0
     """UDP port others may dial this member at (0: none), at the address this connection comes from."""
+    background: bool | UnsetType = UNSET
+    """Whether what is sent to this member shall leave room to other traffic of its line."""
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag=4):
@@ -67,6 +69,8 @@ class Welcome(Struct, frozen=True, kw_only=True, tag=4):
     root_version: Annotated[int, Meta(ge=0)] = 0
     timestamp_version: Annotated[int, Meta(ge=0)] = 0
     observed_address: ShortText = ""
+    background: bool | UnsetType = UNSET
+    """As in PROOF, of the server."""
 
 
 class Interested(Struct, frozen=True, kw_only=True, tag=5):

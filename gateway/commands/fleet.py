@@ -182,6 +182,9 @@ def _print_status(now: dict[str, Any]) -> None:
     replication = now["min_site_replication"]
     typer.echo(f"copies   {'nothing active' if replication is None else replication}")
     typer.echo(f"sent     {output.size(now['bytes_out'])}")
+    if now["quic"] and now["quic"].get("controllers"):
+        said = ", ".join(f"{count} by {name}" for name, count in now["quic"]["controllers"].items())
+        typer.echo(f"sessions {said}")
     for cap in now["caps"]:
         typer.echo(f"cap      {output.clean(cap['what'])} {output.clean(cap['text'])}")
     if now["sites"]:

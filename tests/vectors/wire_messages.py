@@ -9,6 +9,13 @@ MESSAGES: dict[str, m.Message] = {
     "challenge": m.Challenge(protocol=1, nonce=A, agent="edgesync 0.1.0"),
     "proof": m.Proof(certificate=b"\x30\x03\x02\x01\x00", signature=b"\x5a" * 64, listen_port=7443),
     "welcome": m.Welcome(root_version=1, timestamp_version=42, observed_address="192.0.2.7:7443"),
+    "proof_background": m.Proof(
+        certificate=b"\x30\x03\x02\x01\x00",
+        signature=b"\x5a" * 64,
+        listen_port=0,
+        background=True,
+    ),
+    "welcome_background": m.Welcome(background=True),
     "interested": m.Interested(manifest=A),
     "bitfield": m.BitfieldMessage(manifest=A, bits=b"\xf0\x80", epoch=7, durable=True),
     "have": m.Have(manifest=A, pieces=[0, 127, 128, 99_999], durable=True, fetched_from=[B]),

@@ -23,6 +23,7 @@ from edgesync.transport.congestion.lan import LanController
 from edgesync.transport.congestion.pacer import MIN_BURST, Pacer
 from edgesync.transport.controller_names import AUTO, SETTINGS
 
+STOCK: Final = frozenset({"cubic", "reno"})
 LAN_RTT_S: Final = 0.005
 """Shortest round trip up to which an unknown path is taken for a LAN: more than a busy small machine adds to one."""
 WAN_RTT_S: Final = 0.015
@@ -126,6 +127,11 @@ class PathController(CongestionController):
         return self._setting
 
     @property
+    def may_choose(self) -> bool:
+        """Whether another class may take over: not from those that are there to be compared with."""
+        return self._setting not in STOCK
+
+    @property
     def is_auto(self) -> bool:
         return self._setting == AUTO
 
@@ -161,7 +167,7 @@ class PathController(CongestionController):
         """Change class while running (one of ``SETTINGS``). Raises ValueError: no such class, or a stock one."""
         if setting not in SETTINGS:
             raise ValueError(f"there is no congestion controller called {setting!r}")
-        if setting in {"cubic", "reno"} or self._setting in {"cubic", "reno"}:
+        if setting in STOCK or not self.may_choose:
             raise ValueError("cubic and reno are chosen before a connection begins, for comparison")
         self._setting = setting
         wanted = setting
