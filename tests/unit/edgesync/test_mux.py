@@ -25,7 +25,7 @@ VECTORS = {
 
 
 def published() -> dict[str, bytes]:
-    text = (Path(__file__).parents[2] / "vectors" / "mux.hex").read_text()
+    text = (Path(__file__).parents[2] / "vectors" / "tls" / "frames.hex").read_text()
     rows = [line.split("#")[0].split() for line in text.splitlines()]
     return {row[0]: bytes.fromhex("".join(row[1:])) for row in rows if row}
 
