@@ -87,7 +87,14 @@ class Membership:
         """Raises ConfigError: this directory was never joined to the end."""
         try:
             held = cls(**json.loads(data.join_file.read_bytes()))
-            ok = all(isinstance(value, str) for value in (held.id, held.gateway, held.token))
+            ok = all(isinstance(value, str) for value in held._texts()) and all(
+                isinstance(value, kind)
+                for value, kind in (
+                    (held.labels, dict),
+                    (held.gateway_quic, list),
+                    (held.brokers, list),
+                )
+            )
         except FileNotFoundError as exc:
             raise ConfigError(
                 f"not joined: on the gateway run edgesync token create, then here agent join (looked in {data.path})"
@@ -97,6 +104,17 @@ class Membership:
         if not ok:
             raise ConfigError(f"{data.join_file} is damaged: join again with a new token")
         return held
+
+    def _texts(self) -> tuple[str, ...]:
+        return (
+            self.id,
+            self.gateway,
+            self.gateway_key,
+            self.region,
+            self.state,
+            self.hardware,
+            self.token,
+        )
 
     def save(self, data: DataDir) -> None:
         write_file(data.join_file, json.dumps(self.__dict__, indent=1).encode() + b"\n", mode=0o600)
@@ -173,15 +191,21 @@ async def ask_again(
 
 
 def load_or_make_identity(data: DataDir) -> Identity:
-    """The machine's key and, when there is one, its certificate. Raises StateCorruptError."""
+    """The machine's key and, when there is one, its certificate. Raises ConfigError: they cannot be read."""
     if not data.identity_key.exists():
         identity = Identity.generate()
         write_file(data.identity_key, identity.key_pem(), mode=0o600)
         return identity
     certificate = data.identity_certificate
-    return Identity.from_pem(
-        data.identity_key.read_bytes(), certificate.read_bytes() if certificate.exists() else None
-    )
+    try:
+        return Identity.from_pem(
+            data.identity_key.read_bytes(),
+            certificate.read_bytes() if certificate.exists() else None,
+        )
+    except StateCorruptError as exc:
+        raise ConfigError(
+            f"{data.identity_key} or its certificate is damaged: join again with a new data directory"
+        ) from exc
 
 
 def write_file(path: Path, data: bytes, *, mode: int) -> None:

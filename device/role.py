@@ -4,7 +4,7 @@ A running agent answers over its socket, since one process at a time has the sto
 here, under the directory's lock.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from device.getting import parse
 from device.state import StateDatabase
 from edgesync import config
 from edgesync.errors import ConflictError, NotFoundError, UsageError
+from edgesync.ids import Digest
 from edgesync.io import control
 from edgesync.storage.datadir import DataDir
 
@@ -64,8 +65,17 @@ def _store(directory: DataDir) -> Iterator[BundleStore]:
             state.close()
 
 
-def perform(store: BundleStore, request: dict[str, object], *, assigned: Any) -> dict[str, Any]:
-    """One operation on an open store; blocking. ``assigned(name, version)`` says what must not be removed."""
+def perform(
+    store: BundleStore,
+    request: dict[str, object],
+    *,
+    assigned: Any,
+    fetching: Callable[[Digest], bool] = lambda _digest: False,
+) -> dict[str, Any]:
+    """One operation on an open store; blocking.
+
+    ``assigned(name, version)`` and ``fetching(digest)`` say what must not be removed.
+    """
     operation = request["op"]
     if operation == "bundle_list":
         return {"bundles": [facts(info) for info in store.bundles()]}
@@ -89,6 +99,8 @@ def perform(store: BundleStore, request: dict[str, object], *, assigned: Any) ->
                 raise ConflictError(
                     f"{info.name}@{info.version} is assigned to this device: unassign it on the gateway first"
                 )
+            if fetching(info.digest):
+                raise ConflictError(f"{info.name}@{info.version} is being fetched")
             store.remove(info.digest)
             return {"name": info.name, "version": info.version}
         case _:
