@@ -54,7 +54,8 @@ class HttpServer:
             )
         except OSError as exc:
             raise ConfigError(
-                f"cannot listen for HTTP on {host}:{port}: {exc.strerror or exc}"
+                f"cannot listen for HTTP on {host}:{port}: {exc.strerror or exc}: "
+                "stop what uses it, or choose another with --listen-http"
             ) from exc
 
     @property

@@ -26,7 +26,7 @@ publish_app = group("Publish something to the fleet.")
 
 @publish_app.command("bundle")
 def publish_bundle(
-    path: Annotated[Path, typer.Argument(help="Folder or file to publish.")],
+    path: Annotated[str, typer.Argument(help="Folder or file to publish.")],
     bundle: Annotated[str | None, typer.Argument(metavar="N@V", help="Name and version.")] = None,
     name: Annotated[str | None, typer.Option("--name", show_default=False)] = None,
     version: Annotated[str | None, typer.Option("--version", show_default=False)] = None,
@@ -77,7 +77,10 @@ def publish_bundle(
         raise UsageError(f"--kind {kind!a} is not one of {', '.join(kinds)}")
     if access not in {"fleet", "assigned"}:
         raise UsageError(f"--access {access!a} is not fleet or assigned")
-    path = path.absolute()
+    # As a Path an empty text is the working directory, which an unset shell variable must not publish.
+    if not path:
+        raise UsageError("the folder or file to publish is empty: name one, or . for this folder")
+    source = Path(path).absolute()
     directory = open_data(data)
     with (
         GatewayStore.open(directory) as store,
@@ -86,7 +89,7 @@ def publish_bundle(
         published = bundles.publish(
             store,
             setup.repository(store),
-            path,
+            source,
             name,
             version,
             kind=kinds[kind],

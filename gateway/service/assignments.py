@@ -31,6 +31,7 @@ FAILED: Final = frozenset({"failed", "timed_out", "rejected", "canceled"})
 class Assigned:
     name: str
     version: str
+    digest: str
     assignment_id: str
     devices: list[str]
     """Every device that has the assignment now, also those that had it before."""
@@ -54,7 +55,8 @@ def assign(
 ) -> Assigned:
     """Sign that these devices shall hold ``name`` at ``version`` (None: the newest published).
 
-    Raises NotFoundError: no such bundle or device. Raises UsageError: not exactly one way to say which devices.
+    Raises NotFoundError: no such bundle or device, or no device that can take it and no ``follow``.
+    Raises UsageError: not exactly one way to say which devices.
     Raises ConflictError: no device meant can take it, or one would have more than MAX_ASSIGNMENT_ENTRIES bundles.
     """
     signer = signer or load_assign_key(store.datadir.online)
@@ -76,6 +78,12 @@ def assign(
             raise ConflictError(
                 f"{bundle.name}@{bundle.version} does not fit {skipped[0][0]}: {skipped[0][1]}"
             )
+        if not fitting and not follow:
+            why = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+            raise NotFoundError(
+                f"no accepted device matches that can take {bundle.name}@{bundle.version}{why} "
+                "(--follow gives it to devices that join later)"
+            )
         changed = _give(store, bundle, fitting, assignment_id, signer, utc_now)
         if follow:
             _add_rule(store, bundle, selector_text, ids, utc_now)
@@ -94,7 +102,9 @@ def assign(
             },
             utc_now=utc_now,
         )
-    return Assigned(bundle.name, bundle.version, assignment_id, fitting, changed, skipped)
+    return Assigned(
+        bundle.name, bundle.version, bundle.digest, assignment_id, fitting, changed, skipped
+    )
 
 
 def unassign(
@@ -283,7 +293,8 @@ def _outcome(store: GatewayStore, made: Assigned) -> dict[str, list[str]]:
     current = {
         row["device_id"]: row
         for row in store.rows(
-            "SELECT device_id, version, assignment_id FROM assignments WHERE name = ?", (made.name,)
+            "SELECT device_id, target_hash, assignment_id FROM assignments WHERE name = ?",
+            (made.name,),
         )
     }
     executions = {
@@ -296,14 +307,20 @@ def _outcome(store: GatewayStore, made: Assigned) -> dict[str, list[str]]:
     held = {
         row["device_id"]: row["state"]
         for row in store.rows(
-            "SELECT device_id, state FROM device_bundles WHERE name = ? AND version = ?",
-            (made.name, made.version),
+            "SELECT device_id, state FROM device_bundles WHERE name = ? AND version = ? AND digest = ?",
+            (made.name, made.version, made.digest),
         )
     }
+    # A device that had the assignment before keeps the id of that time.
+    changed = frozenset(made.changed)
     outcome: dict[str, list[str]] = {"succeeded": [], "failed": [], "superseded": []}
     for device_id in made.devices:
         row = current.get(device_id)
-        if row is None or row["version"] != made.version:
+        if (
+            row is None
+            or row["target_hash"] != made.digest
+            or (device_id in changed and row["assignment_id"] != made.assignment_id)
+        ):
             outcome["superseded"].append(device_id)
             continue
         status = executions.get((device_id, row["assignment_id"]))

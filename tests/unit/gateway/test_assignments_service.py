@@ -90,6 +90,17 @@ def test_hardware_must_fit(register, add_device):
         assignments.assign(register, "fw", "1", ids=["cam-1", "cam-2"], utc_now=NOW)
 
 
+def test_a_selection_of_nobody_is_said(register, add_device):
+    add_device("cam-1", hardware="x86")
+    with pytest.raises(NotFoundError, match=r"no accepted device matches.*cam-1"):
+        assignments.assign(register, "fw", "1", everything=True, utc_now=NOW)
+    nobody = selectors.parse("site=nowhere")
+    with pytest.raises(NotFoundError, match="no accepted device matches"):
+        assignments.assign(register, "app", "1", selector=nobody, utc_now=NOW)
+    made = assignments.assign(register, "fw", "1", everything=True, follow=True, utc_now=NOW)
+    assert made.devices == []
+
+
 def test_what_is_not_there(register, add_device):
     add_device("cam-1")
     with pytest.raises(NotFoundError, match="nothing@1 is not published"):

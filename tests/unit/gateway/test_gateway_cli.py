@@ -89,6 +89,10 @@ def test_publish_assign_status_and_events(fleet, tmp_path):
     assert fleet("publish", "bundle", str(tree), "--name", "app", "--version", "2")[0] == 0
     assert fleet("publish", "bundle", str(tree), "app")[0] == 2
     assert fleet("publish", "bundle", str(tree), "App@1")[0] == 2
+    code, _out, err = fleet("publish", "bundle", "", "app@9")
+    assert (code, "is empty" in err) == (2, True)
+    code, _out, err = fleet("publish", "bundle", str(tree), "app@9", "--hardware", "")
+    assert (code, "--hardware must be" in err, "$." in err) == (2, True, False)
     assert fleet("publish", "bundle", str(tree), "app@3", "--kind", "music")[0] == 2
     add_device(tmp_path, "cam-1")
     add_device(tmp_path, "cam-2", "pending")
