@@ -608,9 +608,18 @@ class Agent:
 
     async def _op_bundles(self, request: dict[str, Any]) -> AsyncIterator[Answer | bytes]:
         work = functools.partial(
-            role.perform, self._store, request, assigned=self._installer.is_assigned
+            role.perform,
+            self._store,
+            request,
+            assigned=self._installer.is_assigned,
+            fetching=self._installer.is_fetching,
         )
-        answer = await asyncio.to_thread(work)
+        if request["op"] == "bundle_remove":
+            # What begins and activates bundles runs in this one thread: nothing of it comes between the guards and
+            # the removal. A verification reads for minutes and must not hold it up.
+            answer = await self._in_storage(work)
+        else:
+            answer = await asyncio.to_thread(work)
         yield answer
         if answer.get("paths") or answer.get("bad"):
             for info in self._store.bundles():

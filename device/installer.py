@@ -114,7 +114,10 @@ class Installer:
                 self._start(entry)
 
     def is_fetching(self, digest: Digest) -> bool:
-        return digest in self._downloads
+        """Whether pieces of it come, or it is being installed; safe from any thread."""
+        # Copied before it is walked through: the loop may start and end work meanwhile.
+        working_on = list(self._working_on.values())
+        return digest in self._downloads or any(entry.target_hash == digest for entry in working_on)
 
     def _is_activating(self, name: str, version: str) -> bool:
         """Whether it is too late to cancel: what switches trees is settled first."""
