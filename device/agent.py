@@ -26,7 +26,7 @@ from device.executions import Execution, Executions
 from device.installer import Installer
 from device.joining import Membership
 from device.memory import give_back
-from device.metadata import Metadata
+from device.metadata import Check, Metadata
 from device.outbox import Outbox
 from device.reading_rights import ReadingRights
 from device.state import StateDatabase
@@ -310,8 +310,8 @@ class Agent:
         self._installer.look_again()
         self._telemetry.state_changed()
 
-    async def _fetch(self, name: str, max_bytes: int) -> bytes:
-        return await self._swarm.fetch_any(name, max_bytes)
+    async def _fetch(self, name: str, max_bytes: int, check: Check) -> bytes:
+        return await self._swarm.fetch_any(name, max_bytes, check)
 
     def _versions(self) -> tuple[int, int]:
         view = self._metadata.trusted

@@ -377,7 +377,11 @@ async def _fetch_trust(
     state = trust.bootstrap(roots, (token.root_version, token.root_sha256))
     store = TrustStore.create(data.path, state)
     try:
-        await Metadata(store, fetch=connection.fetch, executor=None).refresh()
+        await Metadata(
+            store,
+            fetch=lambda name, max_bytes, _check: connection.fetch(name, max_bytes),
+            executor=None,
+        ).refresh()
     finally:
         store.close()
 

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from device.bundle_store import BundleStore, StagedBundle
@@ -262,10 +262,14 @@ class Swarm:
 
     # --- metadata
 
-    async def fetch_any(self, name: str, max_bytes: int) -> bytes:
+    async def fetch_any(
+        self, name: str, max_bytes: int, check: Callable[[bytes], Awaitable[None]] | None = None
+    ) -> bytes:
         """A file by its wire name from the gateway, else from a peer. What is named by hash is checked against it.
 
-        Raises NotFoundError: nobody in reach has it; PeerUnreachableError: nobody is in reach.
+        ``check`` raises VerificationError for bytes that are not what was meant: then the next one is asked.
+        Raises NotFoundError: nobody in reach has it; VerificationError: what the last of them has is something else;
+        PeerUnreachableError: nobody is in reach.
         """
         self._gateway_questions += 1
         self._update_wants()
@@ -283,7 +287,7 @@ class Swarm:
                         continue
                     asked[link.key] = None
                     try:
-                        return await self._fetch_from(link, name, max_bytes)
+                        return await self._fetch_from(link, name, max_bytes, check)
                     except EdgeSyncError as exc:
                         error = exc
                         break
@@ -312,12 +316,20 @@ class Swarm:
             return False
         return True
 
-    async def _fetch_from(self, link: PeerLink, name: str, max_bytes: int) -> bytes:
+    async def _fetch_from(
+        self,
+        link: PeerLink,
+        name: str,
+        max_bytes: int,
+        check: Callable[[bytes], Awaitable[None]] | None,
+    ) -> bytes:
         data = await link.conn.fetch(name, max_bytes)
         match = _BLOB.match(name)
         if match is not None and hashlib.sha256(data).hexdigest() != match[1]:
             self.rejected(link.key)
             raise VerificationError(f"{name[:19]} from {link.conn.peer.id} does not match its hash")
+        if check is not None:
+            await check(data)
         return data
 
     # --- the gateway's session
