@@ -281,7 +281,7 @@ class Daemon:
             )
         except OSError as exc:
             raise ConfigError(
-                f"cannot listen for devices on port {where.port} (UDP and TCP): {exc.strerror or exc}: "
+                f"cannot listen for devices on {where} (UDP and TCP): {exc.strerror or exc}: "
                 "stop what uses it, or choose another with --listen-quic"
             ) from exc
 

@@ -6,6 +6,7 @@ given to it. It is bound to loopback unless told otherwise, since it asks nobody
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -54,7 +55,7 @@ class HttpServer:
             )
         except OSError as exc:
             raise ConfigError(
-                f"cannot listen for HTTP on {host}:{port}: {exc.strerror or exc}: "
+                f"cannot listen for HTTP on {host}:{port}: {os.strerror(exc.errno) if exc.errno else exc}: "
                 "stop what uses it, or choose another with --listen-http"
             ) from exc
 

@@ -57,7 +57,7 @@ def assign(
 
     Raises NotFoundError: no such bundle or device, or no device that can take it and no ``follow``.
     Raises UsageError: not exactly one way to say which devices.
-    Raises ConflictError: no device meant can take it, or one would have more than MAX_ASSIGNMENT_ENTRIES bundles.
+    Raises ConflictError: a device named cannot take it, or one would have more than MAX_ASSIGNMENT_ENTRIES bundles.
     """
     signer = signer or load_assign_key(store.datadir.online)
     with store.atomic():

@@ -305,12 +305,14 @@ def _draft(
         manifest.check_version(version)
     except VerificationError as exc:
         raise UsageError(str(exc)) from exc
-    try:
-        fits = msgspec.convert(sorted(set(hardware)), list[manifest.Hardware])
-    except msgspec.ValidationError as exc:
-        raise UsageError(
-            "--hardware must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
-        ) from exc
+    fits = sorted(set(hardware))
+    for text in fits:
+        try:
+            msgspec.convert(text, manifest.Hardware)
+        except msgspec.ValidationError as exc:
+            raise UsageError(
+                f"--hardware {text[:80]!a} is not 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
+            ) from exc
     if len(fits) > MAX_HARDWARE:
         raise UsageError(f"a bundle can name {MAX_HARDWARE} kinds of hardware, not {len(fits)}")
     if release_counter is not None and not 0 <= release_counter <= MAX_RELEASE_COUNTER:

@@ -65,7 +65,7 @@ def create(
         raise UsageError("no address of this gateway is known: set advertise in its configuration")
     if hardware is not None and not _HARDWARE.match(hardware):
         raise UsageError(
-            "--hardware must be 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
+            f"--hardware {hardware[:80]!a} is not 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     if id_pattern is not None and not _ID_PATTERN.match(id_pattern):
         raise UsageError(f"--id {id_pattern!a} must be a device id or a pattern such as cam-*")

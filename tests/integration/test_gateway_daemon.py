@@ -9,7 +9,7 @@ import pytest
 
 from edgesync import jointoken
 from edgesync.config import HostPort
-from edgesync.errors import ConfigError, EdgeSyncError, NotFoundError
+from edgesync.errors import ConfigError, EdgeSyncError, ExitCode, NotFoundError
 from edgesync.identity import Identity
 from edgesync.ids import DeviceId, PeerIdentity
 from edgesync.io.mqtt import LinkConfig, MqttLink, Will
@@ -454,10 +454,12 @@ async def test_ports_in_use_and_the_directory_too(gateway, tmp_path):
     for setting, port, flag in (
         ("listen_quic", gateway.daemon.endpoint.port, "--listen-quic"),
         ("listen_mqtt", gateway.daemon.broker.port, "--listen-mqtt"),
-        ("listen_http", gateway.daemon.http.port, "HTTP"),
+        ("listen_http", gateway.daemon.http.port, "--listen-http"),
     ):
-        with pytest.raises(ConfigError, match=flag):
+        with pytest.raises(ConfigError, match=rf"{port}.* use.*{flag}") as caught:
             await other.start(**{setting: HostPort("127.0.0.1", port)})
+        assert "127.0.0.1" in str(caught.value)
+        assert caught.value.exit_code == ExitCode.CONFIG
         with contextlib.closing(other.datadir.lock()):
             pass  # Whatever failed, the directory is free again.
     other.store.close()

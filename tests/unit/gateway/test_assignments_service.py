@@ -189,6 +189,37 @@ def test_a_set_has_room_for_so_many(register, add_device, monkeypatch):
     assert len(register.rows("SELECT * FROM assignments")) == 1
 
 
+def test_wait_follows_what_it_assigned(register, add_device):
+    """The same name and version may come to mean other bytes, and the same bytes another assignment."""
+    for name in ("cam-1", "cam-2", "cam-3"):
+        add_device(name)
+
+    def holds(device_id, digest):
+        register.db.conn.execute(
+            "INSERT INTO device_bundles (device_id, name, version, kind, digest, state, reason, pieces_have, "
+            "pieces_total, updated) VALUES (?, 'app', '1', 'files', ?, 'succeeded', '', 1, 1, 0)",
+            (device_id, digest),
+        )
+        register.db.conn.commit()
+
+    made = assignments.assign(register, "app", "1", everything=True, utc_now=NOW)
+    holds("cam-1", "9" * 64)  # other bytes under this name, from before
+    holds("cam-2", "1" * 64)
+    with pytest.raises(WaitTimeoutError, match="2 of 3 devices do not have app@1"):
+        assignments.wait(register, made, timeout_s=0)
+    assignments.unassign(register, "app", None, ids=["cam-3"], utc_now=NOW + 1)
+    assignments.assign(register, "app", "1", ids=["cam-3"], utc_now=NOW + 2)
+    register.db.conn.execute("UPDATE device_bundles SET digest = ?", ("1" * 64,))
+    register.db.conn.commit()
+    outcome = assignments.wait(register, made, timeout_s=None)
+    assert outcome == {"succeeded": ["cam-1", "cam-2"], "failed": [], "superseded": ["cam-3"]}
+    # Assigned again: who has it already keeps the older assignment and counts.
+    holds("cam-3", "1" * 64)
+    again = assignments.assign(register, "app", "1", everything=True, utc_now=NOW + 3)
+    assert again.changed == []
+    assert assignments.wait(register, again, timeout_s=0)["succeeded"] == again.devices
+
+
 def test_wait(register, add_device):
     for name in ("cam-1", "cam-2", "cam-3"):
         add_device(name)

@@ -92,7 +92,9 @@ def test_publish_assign_status_and_events(fleet, tmp_path):
     code, _out, err = fleet("publish", "bundle", "", "app@9")
     assert (code, "is empty" in err) == (2, True)
     code, _out, err = fleet("publish", "bundle", str(tree), "app@9", "--hardware", "")
-    assert (code, "--hardware must be" in err, "$." in err) == (2, True, False)
+    assert (code, "--hardware '' is not" in err, "$." in err) == (2, True, False)
+    code, _out, err = fleet("token", "create", "--hardware", "pi 4")
+    assert (code, "--hardware 'pi 4' is not" in err) == (2, True)
     assert fleet("publish", "bundle", str(tree), "app@3", "--kind", "music")[0] == 2
     add_device(tmp_path, "cam-1")
     add_device(tmp_path, "cam-2", "pending")
