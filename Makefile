@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check unit format lint types arrows acceptance bench bench-transport bench-network bench-fairness bench-sites lock venv docs clean
+.PHONY: demo test check unit format lint types arrows acceptance bench bench-transport bench-network bench-fairness bench-sites bench-outages lock venv docs clean
 
 demo: venv
 	$(BIN)/edgesync demo --tour
@@ -55,7 +55,7 @@ bench: venv
 bench-transport: venv
 	$(BIN)/python -m benchmarks.transport
 
-# These three need root, and hours: each takes OPTIONS, such as OPTIONS=--quick.
+# These four need root, and hours: each takes OPTIONS, such as OPTIONS=--quick.
 bench-network: venv
 	$(BIN)/python -m benchmarks.network $(OPTIONS)
 
@@ -64,6 +64,9 @@ bench-fairness: venv
 
 bench-sites: venv
 	$(BIN)/python -m benchmarks.sites $(OPTIONS)
+
+bench-outages: venv
+	$(BIN)/python -m benchmarks.outages $(OPTIONS)
 
 docs: venv
 	$(BIN)/python -m edgesync.testing.state_docs docs/state-machines.md
