@@ -350,8 +350,8 @@ def _again(it: Bed, since: Sample) -> float:
 
 def again(work: Path, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
-    repeat = 3 if options.quick else 7
-    lengths = (1.0, 5.0) if options.quick else (1.0, 5.0, 30.0)
+    repeat = options.repeat or (3 if options.quick else 7)
+    lengths = options.outage or ((1.0, 5.0) if options.quick else (1.0, 5.0, 30.0))
     with bed(work, size=options.size or 4 * repeat * len(lengths) * 2 * MB + 40 * MB) as it:
         it.publish("1")
         it.begin("1")
@@ -393,7 +393,7 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
 
 def address(work: Path, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
-    repeat = 2 if options.quick else 5
+    repeat = options.repeat or (2 if options.quick else 5)
     for what in ("move", "rebind"):
         with bed(work, size=(12 + repeat * 18) * MB, nat=what == "rebind") as it:
             it.publish("1")
@@ -603,6 +603,10 @@ def main() -> int:
         "--quick", action="store_true", help="fewer and shorter faults, no page in docs"
     )
     parser.add_argument("--size", type=int, help="payload bytes of cuts and again")
+    parser.add_argument(
+        "--outage", type=float, action="append", metavar="SECONDS", help="lengths for again"
+    )
+    parser.add_argument("--repeat", type=int, help="of each length and of each change of address")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     options.size = options.size or 0
