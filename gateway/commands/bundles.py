@@ -50,6 +50,15 @@ def publish_bundle(
     access: Annotated[
         str, typer.Option("--access", help="Who may read it: fleet (every member) or assigned.")
     ] = "fleet",
+    mutable: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mutable",
+            metavar="GLOB",
+            help="Files applications may change, such as data/*.db; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count and hash, store and sign nothing.")
     ] = False,
@@ -96,6 +105,7 @@ def publish_bundle(
             hardware=hardware or [],
             release_counter=release_counter,
             access="fleet" if access == "fleet" else "assigned",
+            mutable=mutable or [],
             dry_run=dry_run,
             progress=progress.update,
         )
@@ -115,7 +125,8 @@ def _print_published(published: "Published", *, dry_run: bool) -> None:
     typer.echo(
         f"payload  {size(published.payload_bytes)} in {published.files} files, {published.pieces} pieces"
     )
-    typer.echo(f"wire     {size(published.wire_bytes)}, {size(published.new_wire_bytes)} of it new")
+    new = "" if published.already_published else f", {size(published.new_wire_bytes)} of it new"
+    typer.echo(f"wire     {size(published.wire_bytes)}{new}")
     typer.echo(f"shared   {size(published.shared_bytes)} with earlier versions of {published.name}")
     counter = published.release_counter
     back = ", ".join(published.returnable) or "none"

@@ -44,7 +44,12 @@ def device_list(
                 row["site"],
                 row["site_why"],
                 row["agent_version"] or "-",
-                ",".join(f"{b['name']}@{b['version']}" for b in row["bundles"]) or "-",
+                ",".join(
+                    f"{b['name']}@{b['version']}"
+                    for b in row["bundles"]
+                    if b["state"] == "succeeded"  # the rest is on its way, or was given up
+                )
+                or "-",
                 row["waiting"] or "-",
             )
             for row in rows

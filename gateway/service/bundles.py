@@ -7,6 +7,7 @@ Invariants: a version never changes its content; a name belongs to one kind; a r
 any listed bundle names are never dropped.
 """
 
+import fnmatch
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -85,8 +86,27 @@ class _Draft:
     release_counter: int
     hardware: list[str]
     access: Access
+    mutable: tuple[str, ...]
+    """Globs of files the device's applications may change; ``*`` also crosses folders."""
+
+    def check(self, scan: Scan) -> None:
+        """Raises UsageError: a glob means no file, so it is not what somebody meant."""
+        for glob in self.mutable:
+            if not any(fnmatch.fnmatchcase(file.path, glob) for file in scan.files):
+                raise UsageError(
+                    f"--mutable {glob[:80]!a} matches no file of {self.name}@{self.version}"
+                )
+
+    def _is_mutable(self, path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, glob) for glob in self.mutable)
 
     def manifest(self, scan: Scan, content: Content) -> bytes:
+        files = content.files
+        if self.mutable:
+            files = [
+                msgspec.structs.replace(file, mutable=True) if self._is_mutable(file.path) else file
+                for file in files
+            ]
         return manifest.encode(
             Manifest(
                 requires_features=[],
@@ -101,7 +121,7 @@ class _Draft:
                 piece_ids=bytes(content.piece_ids),
                 piece_lengths=content.piece_lengths,
                 directories=[DirectoryEntry(d.path, d.mode) for d in scan.directories],
-                files=content.files,
+                files=files,
                 symlinks=[SymlinkEntry(link.path, link.target) for link in scan.symlinks],
             )
         )
@@ -118,14 +138,17 @@ def publish(
     hardware: Sequence[str] = (),
     release_counter: int | None = None,
     access: Access = "fleet",
+    mutable: Sequence[str] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
     utc_now: float | None = None,
 ) -> Published:
     """Make ``path`` the content of ``name@version``, sign it and list it; the same content again changes nothing.
 
+    ``mutable`` are globs of files that applications on a device may change without being told of damage.
+
     Raises:
-        UsageError: a name, version, hardware or counter is not of its form.
+        UsageError: a name, version, hardware or counter is not of its form, or a ``mutable`` glob matches no file.
         InputError, NotFoundError: nothing a bundle can be made of lies at ``path``, or it changed meanwhile.
         ConflictError: the version has other content, the name another kind, or the counter would fall.
         ConfigError: the publisher's key is not readable.
@@ -137,7 +160,7 @@ def publish(
     known = trusted.find(name, version)
     model = known or trusted.latest(name)
     draft = _draft(
-        name, version, kind, release_counter, hardware, access, model=model, new=not known
+        name, version, kind, release_counter, hardware, access, mutable, model=model, new=not known
     )
     earlier = _versions(trusted, name, before=known)
     similar = _summary(store, model)
@@ -147,6 +170,7 @@ def publish(
         PieceStore.open(store) as pieces,
         _room_given_back(store, repo, pieces, stored),
     ):
+        draft.check(scan)
         for _ in range(_ATTEMPTS):
             chunking = _chunking(scan, similar, known)
             content = _chunk(
@@ -295,6 +319,7 @@ def _draft(
     release_counter: int | None,
     hardware: Sequence[str],
     access: Access,
+    mutable: Sequence[str],
     *,
     model: BundleTarget | None,
     new: bool,
@@ -329,7 +354,7 @@ def _draft(
             f"release counter {counter} is below {floor} of {name}@{model.version}: "
             "devices that have committed that version would refuse this one"
         )
-    return _Draft(name, version, kind, counter, fits, access)
+    return _Draft(name, version, kind, counter, fits, access, tuple(mutable))
 
 
 def _summary(store: GatewayStore, model: BundleTarget | None) -> Summary | None:

@@ -81,6 +81,15 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+def test_mutable_files_are_marked_in_the_manifest(gateway: Gateway, tree: Path) -> None:
+    with pytest.raises(UsageError, match=r"'\*\.db' matches no file of app@1"):
+        gateway.publish(tree, "app@1", mutable=["a", "*.db"])
+    assert gateway.listed() == []
+    done = gateway.publish(tree, "app@1", mutable=["a", "[e-z]"])
+    parsed = manifest.parse(bundles.load_manifest(gateway.store, done.id))
+    assert [file.path for file in parsed.files if file.mutable] == ["a", "e", "f"]
+
+
 def test_what_is_published_is_listed_shown_verified_and_told(gateway: Gateway, tree: Path) -> None:
     seen: list[tuple[int, int]] = []
     done = gateway.publish(

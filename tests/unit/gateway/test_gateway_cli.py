@@ -128,6 +128,40 @@ def test_publish_assign_status_and_events(fleet, tmp_path):
     assert json.loads(fleet("events", "-l", "kind=device.accepted")[1])["subject"] == "device:cam-2"
 
 
+def test_publish_again_has_nothing_new(fleet, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "of it new" in fleet("publish", "bundle", str(tmp_path / "file"), "app@1")[1]
+    code, out, _err = fleet("publish", "bundle", str(tmp_path / "file"), "app@1")
+    assert (code, "nothing changed" in out, "new" in out) == (0, True, False)
+
+
+def test_mutable_files(fleet, tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "data").mkdir(parents=True)
+    (tree / "data/a.db").write_text("x")
+    globs = ("--mutable", "data/*.db", "--mutable", "*.log")
+    code, _out, err = fleet("publish", "bundle", str(tree), "app@1", *globs)
+    assert (code, "--mutable '*.log' matches no file" in err) == (2, True)
+    assert fleet("publish", "bundle", str(tree), "app@1", *globs[:2])[0] == 0
+    assert fleet("publish", "bundle", str(tree), "app@1", *globs[:2])[0] == 0
+    # The same bytes, but other promises.
+    assert fleet("publish", "bundle", str(tree), "app@1")[0] == 1
+
+
+def test_devices_hold_what_they_have_whole(fleet, tmp_path):
+    add_device(tmp_path, "cam-1")
+    with GatewayStore.open(DataDir.open(tmp_path / "gw", "gateway")) as store, store.atomic() as db:
+        for version, state in enumerate(("succeeded", "canceled", "in_progress", "failed")):
+            db.conn.execute(
+                "INSERT INTO device_bundles (device_id, name, version, kind, digest, state, reason, pieces_have, "
+                "pieces_total, updated) VALUES ('cam-1', 'app', ?, 'files', ?, ?, '', 1, 2, 0)",
+                (str(version), "a" * 64, state),
+            )
+    row = fleet("device", "list")[1].splitlines()[1]
+    assert "app@0 " in row
+    assert "app@0," not in row
+
+
 def test_role_neutral_commands(fleet, tmp_path):
     (tmp_path / "file").write_text("x")
     fleet("publish", "bundle", str(tmp_path / "file"), "app@1")
