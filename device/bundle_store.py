@@ -746,6 +746,8 @@ class BundleStore:
         self.disk_full_reason: str | None = None
         self.notes: list[str] = []
         """What the start found and an operator should know."""
+        self.notes_about: dict[Digest, str] = {}
+        """The same on one bundle each, which is said until that bundle is held as it should be."""
         self.reflinks = True
         """False once the file system said it has none."""
         self._on_lost = on_lost
@@ -876,6 +878,11 @@ class BundleStore:
     def problems(self) -> list[str]:
         """Sentences for ``agent status``."""
         found = [self.read_only_reason, self.disk_full_reason, *self.notes]
+        with self.lock:
+            for digest, sentence in self.notes_about.items():
+                held = self._held.get(digest)
+                if held is None or held.damaged:
+                    found.append(sentence)
         return [sentence for sentence in found if sentence]
 
     def manifest_bytes(self, digest: Digest) -> bytes:

@@ -73,13 +73,17 @@ def _take_up_held(store: "BundleStore", row: BundleRow) -> None:
 
     if not store.bundle_path(row.name, row.version).is_dir():
         logger.warning("%s@%s is gone from the disk", row.name, row.version)
-        store.notes.append(f"the tree of {row.name}@{row.version} is gone from the disk")
+        store.notes_about[row.digest] = (
+            f"the tree of {row.name}@{row.version} is gone from the disk"
+        )
         store.state.forget_bundle(row.digest)
         return
     try:
         store.manifest_bytes(row.digest)
     except EdgeSyncError as exc:
-        store.notes.append(f"{row.name}@{row.version} cannot be served or checked: {exc}")
+        store.notes_about[row.digest] = (
+            f"{row.name}@{row.version} cannot be served or checked: {exc}"
+        )
         store.state.forget_bundle(row.digest)
         return
     store.adopt(HeldBundle(store, row, store.state.bits(row.digest, row.piece_count)))
@@ -101,7 +105,7 @@ def adopt_tree(store: "BundleStore", digest: Digest, name: BundleName, version: 
         damaged = activation.verify_held(held, None)
         store.state.put_bundle(row, held.durable)
         if damaged:
-            store.notes.append(
+            store.notes_about[digest] = (
                 f"{name}@{version} differs from its manifest in {len(damaged)} places"
             )
         return

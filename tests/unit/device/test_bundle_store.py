@@ -766,3 +766,26 @@ def test_holes_are_not_read(tmp_path: Path) -> None:
     with path.open("rb") as stream:
         ranges = list(resume._data_ranges(stream.fileno(), 50 * limits.MIB))
     assert sum(end - start for start, end in ranges) <= limits.MIB
+
+
+def test_a_note_on_a_bundle_ends_with_its_repair(device: Device) -> None:
+    built = one(**SMALL)
+    path = device.install(built)
+    (path / "b").write_bytes(b"edited")
+    device.stop()
+    (device.directory / "state.db").unlink()
+    device.start()
+    assert device.store.problems() == ["app@1.0 differs from its manifest in 1 places"]
+    staged = device.begin(built)
+    staged.import_local()
+    fill(staged, built)
+    assert device.store.problems() != []
+    staged.activate()
+    assert device.store.problems() == []
+    # And where the whole tree is gone.
+    for entry in path.parent.iterdir():
+        entry.rename(device.directory / "staging" / entry.name)
+    device.restart()
+    assert "the tree of app@1.0 is gone from the disk" in device.store.problems()
+    device.install(built)
+    assert "the tree of app@1.0 is gone from the disk" not in device.store.problems()
