@@ -464,6 +464,7 @@ class Agent:
 
     def _mqtt_state(self) -> mqtt.State:
         view = self._metadata.trusted
+        reports = self._outbox.last_size
         waiting = next((row.reason for row in self._rows() if row.reason and not row.ended), "")
         return mqtt.State(
             device=self._member.id,
@@ -492,6 +493,8 @@ class Agent:
             root_version=view.root_version,
             timestamp_version=view.timestamp_version,
             assignment_sequence=self._trust_store.assignment_sequence,
+            outbox=reports.waiting,
+            reports_lost=reports.lost,
         )
 
     def _mqtt_progress(self) -> mqtt.Progress | None:
@@ -536,7 +539,10 @@ class Agent:
     def _status(self) -> Answer:
         problems = list(self._notes.values()) + self._store.problems()
         problems += self._trust_store.problems
-        problems += self._endpoint.warnings()
+        if lost := self._outbox.last_size.lost:
+            problems.append(
+                f"{lost} results were dropped before the gateway had them: it was not heard of for too long"
+            )
         if not self._trust_store.clock_is_believed():
             problems.append(
                 "the clock of this device contradicts signed time and is not used: new assignments may have to wait"
@@ -557,6 +563,7 @@ class Agent:
                 problems=problems,
                 running=True,
             )
+        problems += self._endpoint.warnings()
         link = self._telemetry.link.status()
         if self._metadata.problem:
             problems.append(self._metadata.problem)

@@ -73,6 +73,8 @@ class Outbox:
         with state.lock:
             OUTBOX.apply(state.db)
         self.epoch = self._meta("epoch")
+        self.last_size = self.size()
+        """As it was after the last change; costs nothing to look at."""
 
     def add(self, report: Report) -> Report:
         """Keep a report, under the epoch and sequence it gets here; returns it with both.
@@ -99,6 +101,7 @@ class Outbox:
                 connection.execute("delete from outbox where sequence = ?", (excess,))
                 if terminal:
                     self._bump(connection, "lost")
+        self.last_size = self.size()
         return kept
 
     def pending(self, limit: int = 100) -> list[Report]:
@@ -118,7 +121,9 @@ class Outbox:
             connection.executemany(
                 "delete from outbox where sequence = ?", [(sequence,) for sequence in sequences]
             )
-            return connection.total_changes - before
+            forgotten = connection.total_changes - before
+        self.last_size = self.size()
+        return forgotten
 
     def size(self) -> OutboxSize:
         with self._state.lock:

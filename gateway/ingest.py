@@ -119,7 +119,7 @@ class Ingest:
                 db.conn.execute(
                     "UPDATE devices SET online = 1, last_seen = ?, agent_version = ?, listen_port = ?, "
                     "local_addresses = ?, waiting = ?, root_version = ?, timestamp_version = ?, "
-                    "assignment_sequence = ?, state_epoch = ?, state_sequence = ? WHERE id = ?",
+                    "assignment_sequence = ?, state_epoch = ?, state_sequence = ?, reports_lost = ? WHERE id = ?",
                     (
                         utc_now,
                         state.agent,
@@ -131,10 +131,19 @@ class Ingest:
                         state.assignment_sequence,
                         state.epoch,
                         sequence,
+                        state.reports_lost,
                         device,
                     ),
                 )
                 self._bundles(state, utc_now)
+                if state.reports_lost > row["reports_lost"]:
+                    store.emit(
+                        f"device:{device}",
+                        "device.reports_lost",
+                        f"device:{device}",
+                        {"lost": state.reports_lost},
+                        utc_now=utc_now,
+                    )
             if bool(row["online"]) != state.online:
                 kind = "device.online" if state.online else "device.offline"
                 store.emit(

@@ -168,3 +168,9 @@ def m002_caps(db: Database) -> None:
         "CREATE TABLE caps_state (id INTEGER PRIMARY KEY CHECK (id = 1), sequence INTEGER NOT NULL)",
     ):
         db.conn.execute(statement)
+
+
+@migrations()
+def m003_reports_lost(db: Database) -> None:
+    # Results a device dropped from its full outbox, as its state says: what the events here cannot tell.
+    db.conn.execute("ALTER TABLE devices ADD COLUMN reports_lost INTEGER NOT NULL DEFAULT 0")

@@ -216,6 +216,7 @@ def _shown(row: Mapping[str, Any], bundles: list[dict[str, Any]]) -> dict[str, A
         "last_seen": row["last_seen"],
         "address": row["address"],
         "waiting": row["waiting"],
+        "reports_lost": row["reports_lost"],
         "metadata": {"root": row["root_version"], "timestamp": row["timestamp_version"]},
         "bundles": [
             {

@@ -90,7 +90,10 @@ def test_the_oldest_steps_make_room_and_a_lost_result_is_told(
     assert outbox.size().lost == 0
     outbox.add(report("succeeded", ""))
     assert [one.sequence for one in outbox.pending()] == [4, 5, 6]
-    assert outbox.size() == type(outbox.size())(waiting=3, lost=1)
+    assert outbox.last_size == outbox.size() == type(outbox.size())(waiting=3, lost=1)
+    outbox.ack(outbox.epoch, [4])
+    assert outbox.last_size.waiting == 2
+    assert Outbox(database).last_size == outbox.size()
 
 
 def test_connection_epochs_only_grow(database: StateDatabase) -> None:

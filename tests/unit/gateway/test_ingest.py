@@ -95,6 +95,14 @@ def test_state_is_stored_and_replaced_whole(register, device, ingest):
     assert [e["kind"] for e in register.rows("SELECT kind FROM events")] == ["device.online"]
 
 
+def test_results_a_device_lost_are_told_once(register, device, ingest):
+    for sequence, lost in enumerate((0, 2, 2, 5, 1)):
+        ingest.handle([state(device, sequence=sequence, reports_lost=lost)], utc_now=1.0)
+    told = register.rows("SELECT data FROM events WHERE kind = 'device.reports_lost'")
+    assert [json.loads(event["data"]) for event in told] == [{"lost": 2}, {"lost": 5}]
+    assert row(register)["reports_lost"] == 1  # its outbox was made anew
+
+
 def test_older_words_and_ended_epochs_do_not_count(register, device, ingest):
     def online(*messages):
         ingest.handle(messages, utc_now=1.0)
