@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from device import joining, role, status, streaming
+from device.budget import DeviceBudget
 from device.bundle_store import BundleStore
-from device.caps import DeviceCaps, own_caps
+from device.caps import DeviceCaps, leaves_site, own_caps
 from device.config import AgentSettings
 from device.control import Answer, ControlServer
+from device.core.events import GatewayAllowance
 from device.discovery import Discovery
 from device.executions import Execution, Executions
 from device.installer import Installer
@@ -34,6 +36,7 @@ from device.swarm import Swarm
 from device.telemetry import Telemetry
 from device.trust_store import TrustStore
 from edgesync import __version__, config
+from edgesync.budget import SPENT, Verdict
 from edgesync.cli.errors import run as run_command
 from edgesync.config import HostPort, parse_host_port
 from edgesync.errors import (
@@ -48,6 +51,7 @@ from edgesync.io import systemd
 from edgesync.io.mqtt import LinkConfig
 from edgesync.storage import datadir
 from edgesync.storage.datadir import DataDir
+from edgesync.transport.connection import PeerConnection
 from edgesync.transport.endpoint import Endpoint, EndpointConfig
 from edgesync.wire import mqtt
 
@@ -61,6 +65,7 @@ ASSIGNMENT_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
 LOOP_LAG_LIMIT_S = 10.0
+SPENT_LOOK_S = 2.0
 START_TIMEOUT_S = 3600.0
 T = TypeVar("T")
 
@@ -176,13 +181,22 @@ class Agent:
             utc_now=self._trust_store.now,
             background=settings.background,
         )
+        self._budget = DeviceBudget(
+            settings.budget,
+            settings.time_zone,
+            state=self._state,
+            in_storage=self._in_storage,
+            utc_now=self._trust_store.now,
+            told=self._budget_told,
+        )
         self._swarm = Swarm(
             store=self._store,
             metadata=self._served,
             gateway_key=self._gateway_key,
             gateway_addresses=self._gateway_addresses,
             may_read=rights.may_read,
-            obey_caps=self._caps.obey,
+            obey_caps=self._meet,
+            refuses=self._refuses,
             on_versions=self._versions_told,
         )
         try:
@@ -245,6 +259,8 @@ class Agent:
                 self._keep_metadata(),
                 self._keep_assignments(),
                 self._caps.run(),
+                self._budget.run(),
+                self._tell_spent(),
                 self._watchdog(),
             )
         ]
@@ -424,6 +440,32 @@ class Agent:
     def _all_assign_keys(self) -> list[PeerKey]:
         return [PeerKey(entry.assign_key) for entry in self._metadata.trusted.gateways()]
 
+    # --- what the way out costs ---------------------------------------------------------------------------------------
+    def _meet(self, conn: PeerConnection) -> None:
+        self._caps.obey(conn)
+        if leaves_site(conn):
+            self._budget.watch(conn)
+
+    def _refuses(self, conn: PeerConnection) -> str:
+        """Peers on other networks are left alone while the budget is spent; the gateway's orders still come."""
+        if conn.peer.role == "gateway" or not self._budget.is_spent or not leaves_site(conn):
+            return ""
+        return self._budget.verdict().reason
+
+    async def _tell_spent(self) -> None:
+        """The gateway hears soon when a transfer begins or ceases to wait for a budget, its own or the site's."""
+        told: set[str] = set()
+        while True:
+            await asyncio.sleep(SPENT_LOOK_S)
+            rows = self._rows() if self._installer.rows else []
+            found = {row.reason for row in rows if not row.ended and SPENT in row.reason}
+            if found != told:
+                told = found
+                self._telemetry.state_changed()
+
+    def _budget_told(self, verdict: Verdict) -> None:
+        self._swarm.set_allowance(GatewayAllowance(verdict.left_bytes, verdict.reason))
+
     # --- telling ----------------------------------------------------------------------------------------------------
     async def _execution_changed(self, row: Execution) -> None:
         self._telemetry.state_changed()
@@ -570,6 +612,7 @@ class Agent:
         problems += filter(None, (self._swarm.carrier_problem(), link.detour))
         problems += [str(problem) for problem in self._metadata.trusted.problems]
         problems += self._caps.problems
+        problems += filter(None, (self._budget.problem,))
         rows = self._rows()
         return status.build(
             device_id=self._member.id,
@@ -587,6 +630,7 @@ class Agent:
             metadata=status.metadata_facts(self._metadata.trusted),
             caps=self._caps.rows(),
             background=self._settings.background,
+            budget=self._budget.facts(),
             problems=problems,
             running=True,
         )

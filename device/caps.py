@@ -65,7 +65,7 @@ class DeviceCaps:
 
     def obey(self, conn: PeerConnection) -> None:
         """Hold a new connection to the caps."""
-        if conn.peer.role == "gateway" or not is_near(conn.address[0], _networks()):
+        if leaves_site(conn):
             throttles = [self._total, self._out]
             if self._background or conn.peer_background:
                 conn.yield_to_others()
@@ -177,6 +177,11 @@ def own_caps(upload: int | str, download: int | str, zone_name: str) -> list[cap
     ]
 
 
+def leaves_site(conn: PeerConnection) -> bool:
+    """Whether what the connection carries crosses the border of the site."""
+    return conn.peer.role == "gateway" or not is_near(conn.address[0], _networks())
+
+
 def _networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     import ifaddr
 
@@ -189,4 +194,4 @@ def _networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     return found
 
 
-__all__ = ["DeviceCaps", "own_caps"]
+__all__ = ["DeviceCaps", "leaves_site", "own_caps"]

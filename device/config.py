@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from edgesync import caps
+from edgesync import budget, caps
 from edgesync.config import HostPort, boolean, host_port, one_of, parse_duration, setting, text
 from edgesync.errors import ConfigError
 from edgesync.io import proxy
@@ -67,7 +67,12 @@ class AgentSettings:
     time_zone: str = setting(
         caps.UTC,
         caps.zone_setting,
-        "Zone of the times in upload_limit and download_limit, such as Europe/Rome.",
+        "Zone of the times in upload_limit and download_limit and of budget's months, such as Europe/Rome.",
+    )
+    budget: int = setting(
+        0,
+        budget.parse,
+        "Most bytes in each calendar month to and from the gateway and other networks, such as 2GB; 0: no limit.",
     )
     congestion: str = setting(
         AUTO,

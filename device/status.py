@@ -38,6 +38,7 @@ def build(
     running: bool,
     caps: Iterable[Mapping[str, object]] = (),
     background: bool = False,
+    budget: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
@@ -49,6 +50,7 @@ def build(
         "metadata": dict(metadata),
         "caps": [dict(cap) for cap in caps],
         "background": background,
+        "budget": None if budget is None else dict(budget),
         "problems": list(problems),
     }
 
@@ -133,6 +135,8 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
     yield f"metadata  root {metadata['root']}, timestamp {metadata['timestamp']}"
     if shown.get("background"):
         yield "yields    to other traffic of the site's line (background)"
+    if shown.get("budget"):
+        yield f"budget    {shown['budget']['text']}"
     for cap in shown.get("caps", ()):
         where = "" if cap["where"] == "all" else f" ({cap['where']})"
         yield f"cap       {cap['what']}{where} {cap['text']}"

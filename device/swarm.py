@@ -48,6 +48,7 @@ from edgesync.errors import (
     VerificationError,
 )
 from edgesync.ids import Digest, PeerKey
+from edgesync.peer.session import printable
 from edgesync.piece_finder import PieceFinder
 from edgesync.rarity import mask_from_bits
 from edgesync.transport.connection import PeerConnection, PieceAnswer, surviving
@@ -99,6 +100,7 @@ class Swarm:
         gateway_addresses: Callable[[], Sequence[str]],
         may_read: MayRead,
         obey_caps: Callable[[PeerConnection], None] | None = None,
+        refuses: Callable[[PeerConnection], str] = lambda _conn: "",
         rng: random.Random | None = None,
         on_versions: Callable[[PeerKey, int, int], None] | None = None,
     ) -> None:
@@ -109,6 +111,9 @@ class Swarm:
         self._rng = rng or random.Random()  # noqa: S311  # picks pieces and jitter, guards nothing
         self._on_versions = on_versions
         self._obey_caps = obey_caps
+        self._refuses = refuses
+        """Why nothing is to be had of a session now, and nothing to be given; empty: go on."""
+        self._allowance: e.GatewayAllowance | None = None
         self.uploads = Uploads(store, may_read=may_read)
         self._loop = asyncio.get_running_loop()
         self._endpoint: Endpoint | None = None
@@ -181,6 +186,8 @@ class Swarm:
     def _begin(self, transfer: Transfer) -> None:
         digest = transfer.digest
         self._update_wants()
+        if self._allowance is not None:
+            transfer.feed(self._allowance)
         if self._gateway is not None:
             self._gateway.tell(self._bitfield(digest, durable=True))
             transfer.feed(e.GatewayUp(self._gateway.conn.rtt))
@@ -226,6 +233,15 @@ class Swarm:
                 self._gateway.conn.close(ErrorCode.GOING_AWAY, "the gateway was restarted"),
                 "close a dead gateway session",
             )
+
+    def set_allowance(self, allowance: e.GatewayAllowance) -> None:
+        """The way out of the site is metered, and this much may still pass."""
+        self._allowance = allowance
+        for transfer in list(self._transfers.values()):
+            transfer.feed(allowance)
+        for link in list(self._links.values()):
+            if (reason := self._refuses(link.conn)) and self._endpoint is not None:
+                self._endpoint.spawn(link.conn.close(ErrorCode.BUSY, reason), "close a paid peer")
 
     def wants_peers(self) -> bool:
         """Whether looking for peers would help now."""
@@ -282,7 +298,7 @@ class Swarm:
         try:
             deadline = asyncio.get_running_loop().time() + FETCH_WAIT_S
             while True:
-                for link in self._for_metadata():
+                for link in self._for_metadata(name):
                     if link.key in asked:
                         continue
                     asked[link.key] = None
@@ -298,10 +314,13 @@ class Swarm:
             self._gateway_questions -= 1
             self._update_wants()
 
-    def _for_metadata(self) -> list[PeerLink]:
+    def _for_metadata(self, name: str) -> list[PeerLink]:
         links = [link for link in self._links.values() if link.key not in self._quarantined]
         self._rng.shuffle(links)
-        return ([self._gateway] if self._gateway is not None else []) + links[:8]
+        gateway = [self._gateway] if self._gateway is not None else []
+        if self._allowance is not None and _BLOB.match(name):
+            return links[:8] + gateway  # it is the same from everybody, and here it costs nothing
+        return gateway + links[:8]
 
     async def _wait_for_change(self, deadline: float) -> bool:
         """Wait for a new session; False when none formed and none is likely to."""
@@ -534,6 +553,9 @@ class Swarm:
         if key in self._quarantined:
             await conn.close(ErrorCode.NOT_A_MEMBER, "quarantined")
             return
+        if reason := self._refuses(conn):
+            await conn.close(ErrorCode.BUSY, reason)
+            return
         if self._obey_caps is not None:
             self._obey_caps(conn)
         if self._on_versions is not None and any(conn.peer_versions):
@@ -677,7 +699,13 @@ class Swarm:
             for key, address in zip(keys, lease.sources, strict=True)
         )
         transfer.feed(
-            e.LeaseReceived(grants, sources, lease.deadline_ms / 1000, lease.retry_after_ms / 1000)
+            e.LeaseReceived(
+                grants,
+                sources,
+                lease.deadline_ms / 1000,
+                lease.retry_after_ms / 1000,
+                printable(lease.reason) if isinstance(lease.reason, str) else "",
+            )
         )
 
     def _bitfield(self, digest: Digest, *, durable: bool) -> BitfieldMessage:

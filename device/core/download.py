@@ -10,6 +10,8 @@ Rules:
 * A silent gateway costs LEASE_TIMEOUT_S once; nothing else waits for it.
 * A source is asked for as much as its goodput promises (``device.core.peer_ranker``), at most MAX_SOURCES peers at a
   time, and given up when it stops making progress.
+* Where the gateway is metered (GatewayAllowance), it is asked only for what no peer has had for METERED_AFTER_S,
+  however slow peers are, and never for more than is left of the budget.
 * Only the endgame asks two sources for one piece, and never the gateway.
 * ``explain`` says at any time what the download waits for.
 
@@ -31,6 +33,7 @@ from device.core.events import (
     DownloadEffect,
     DownloadEvent,
     FailureReason,
+    GatewayAllowance,
     GatewayDown,
     GatewayUp,
     LeaseReceived,
@@ -72,6 +75,10 @@ FIRST_SILENCE_S: Final = 2.0
 MAX_SILENCE_S: Final = 30.0
 UNAVAILABLE_AFTER_S: Final = 3.0
 """How long nobody in reach holds a piece before the gateway is told so."""
+METERED_AFTER_S: Final = 3.0
+"""How long peers are looked for before bytes are paid for: longer than mDNS takes."""
+CARRIED_FACTOR: Final = 1.05
+"""What a piece costs on the wire for each of its bytes."""
 STARVING_BYTES_S: Final = 16_000.0
 """Less than this from all peers together, and the gateway is asked to help although peers hold the pieces."""
 STARVING_AFTER_S: Final = 8.0
@@ -109,6 +116,10 @@ class Download:
         self._lease_at = now
         self._lease_was_empty = False
         self._begged = 0
+        self._left_bytes: float | None = None
+        """Of the budget; None: the gateway is not metered."""
+        self._spent_reason = ""
+        self._gateway_said = ""
         self._unseen_since: float | None = None
         self._recent_bytes = 0.0
         self._recent_at = now
@@ -139,6 +150,10 @@ class Download:
         if outstanding:
             names = "the gateway" if outstanding == [GATEWAY] else f"{len(outstanding)} sources"
             return f"downloading from {names}"
+        if not self._affords_a_piece():
+            return f"waiting: {self._spent_reason}"
+        if self._gateway_said and self._gateway_up:
+            return f"waiting: {self._gateway_said}"
         gateway = (
             "the gateway has none to give now"
             if self._gateway_up and not self._lease_silences
@@ -168,8 +183,8 @@ class Download:
             if self._lease_asked_at is not None:
                 times.append(self._lease_asked_at + LEASE_TIMEOUT_S)
             elif self._lease_useful():
-                times.append(self._lease_at)
-            else:
+                times.append(self._lease_due(now=self._lease_at))
+            elif self._left_bytes is None:
                 times.append(max(self._lease_at, self._starving_at()))
         return min(times, default=None)
 
@@ -193,6 +208,9 @@ class Download:
                 self._give_back(GATEWAY, self._gateway)
             case LeaseReceived():
                 self._on_lease(event, effects, now=now)
+            case GatewayAllowance(left_bytes, reason):
+                self._left_bytes = left_bytes
+                self._spent_reason = reason
             case PeerJoined(peer):
                 source = self.ranker.add(peer)
                 self._joined[peer] = source
@@ -251,6 +269,8 @@ class Download:
             peer = grant.primary if grant.primary in self._joined else grant.backup
             if peer in self._joined:
                 self._preferred.setdefault(peer, []).append(grant.piece)
+        self._gateway_said = lease.reason
+        wanted = self._affordable(wanted)
         if wanted and self._gateway_up and self._paused is None:
             self._request(GATEWAY, self._gateway, wanted, effects, now=now)
 
@@ -285,7 +305,10 @@ class Download:
         source = self.ranker.get(event.source)
         if source is not None and source.settled(event.piece):
             source.delivered(self._lengths[event.piece], now=now, rtt_s=event.rtt_s)
-        if event.source != GATEWAY:
+        if event.source == GATEWAY:
+            if self._left_bytes is not None:
+                self._left_bytes -= event.carried_bytes * CARRIED_FACTOR
+        else:
             self._note_bytes(self._lengths[event.piece], now=now)
         if not self.picker.is_missing(event.piece):
             return
@@ -503,9 +526,36 @@ class Download:
 
     def _lease_useful(self) -> bool:
         gateway = self._gateway
-        return bool(self._unseen()) and (
-            gateway.outstanding_bytes * 2 <= self._gateway_target_bytes()
+        return (
+            bool(self._unseen())
+            and gateway.outstanding_bytes * 2 <= self._gateway_target_bytes()
+            and self._affords_a_piece()
         )
+
+    def _room_bytes(self) -> float:
+        """What the budget has left beside what is on its way."""
+        if self._left_bytes is None:
+            return math.inf
+        return self._left_bytes / CARRIED_FACTOR - self._gateway.outstanding_bytes
+
+    def _affords_a_piece(self) -> bool:
+        return self._room_bytes() >= self._average
+
+    def _affordable(self, pieces: list[int]) -> list[int]:
+        """As many as the budget has room for."""
+        room = self._room_bytes()
+        for position, piece in enumerate(pieces):
+            room -= self._lengths[piece]
+            if room < 0:
+                return pieces[:position]
+        return pieces
+
+    def _lease_due(self, *, now: float) -> float:
+        """When the gateway may be asked for what no peer has."""
+        if self._left_bytes is None:
+            return self._lease_at
+        since = now if self._unseen_since is None else self._unseen_since
+        return max(self._lease_at, since + METERED_AFTER_S)
 
     def _unseen(self) -> int:
         """Pieces no peer has that may still be expected to give them."""
@@ -542,9 +592,9 @@ class Download:
             self._lease_silences = min(self._lease_silences + 1, 16)
             self._lease_asked_at = None
             self._lease_at = now + silence
-        if now < self._lease_at:
+        if now < self._lease_due(now=now):
             return
-        starving = now >= self._starving_at()
+        starving = self._left_bytes is None and now >= self._starving_at()
         if not self._lease_useful() and not starving:
             return
         unavailable: tuple[int, ...] = ()
@@ -563,6 +613,8 @@ class Download:
             limits.MAX_LEASE_PIECES,
             max(1, self.picker.free.bit_count()),
         )
+        if self._left_bytes is not None:
+            count = min(count, max(1, int(self._room_bytes() / self._average)))
         self._lease_asked_at = now
         self._begged = mask_of(unavailable)
         effects.append(AskLease(count, tuple(sorted(unavailable))))

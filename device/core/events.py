@@ -50,6 +50,16 @@ class LeaseReceived:
     sources: tuple[SourceAddress, ...]
     deadline_s: float
     retry_after_s: float
+    reason: str = ""
+    """Why the gateway gives nothing itself, where it says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayAllowance:
+    """The way to the gateway is metered: so many bytes are left of its budget, and what to say when none are."""
+
+    left_bytes: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +140,7 @@ DownloadEvent = (
     GatewayUp
     | GatewayDown
     | LeaseReceived
+    | GatewayAllowance
     | PeerJoined
     | PeerLeft
     | PeerBitfield

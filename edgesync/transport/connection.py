@@ -143,6 +143,11 @@ class PeerConnection:
         return self._link.name
 
     @property
+    def wire_bytes(self) -> int:
+        """What went over the wire in both directions, with headers, as near as it can be told."""
+        return self._link.wire_bytes
+
+    @property
     def controller(self) -> str:
         """Which congestion controller decides how fast the peer is sent to, now."""
         return self._link.controller_name

@@ -16,6 +16,7 @@ from aioquic.quic.packet import QuicErrorCode
 from aioquic.quic.stream import QuicStream
 
 from edgesync import limits
+from edgesync.budget import IP_HEADERS_BYTES
 from edgesync.errors import (
     EdgeSyncError,
     ErrorCode,
@@ -101,6 +102,8 @@ class Link:
         self.handshake_complete = False
         self.draining: set[Stream] = set()
         self.last_received = self.loop.time()
+        self.wire_bytes = 0
+        """In both directions, with the headers below QUIC."""
         self._switchboard = switchboard
         self._streams: dict[int, Stream] = {}
         self._consumed = 0
@@ -260,6 +263,7 @@ class Link:
         if self.quic.closing():
             return
         self.last_received = now
+        self.wire_bytes += sum(map(len, datagrams)) + IP_HEADERS_BYTES * len(datagrams)
         self.quic.receive_datagrams(datagrams, address, now)
 
     def transmit_soon(self) -> None:
@@ -288,6 +292,7 @@ class Link:
             datagrams = self.quic.datagrams_to_send(now)
             if not datagrams:
                 break
+            self.wire_bytes += sum(len(data) + IP_HEADERS_BYTES for data, _to in datagrams)
             trouble = self._switchboard.send(datagrams)
             if trouble is not None and not self.handshake_complete and self.dialed:
                 self.lost(

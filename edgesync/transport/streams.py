@@ -49,6 +49,10 @@ class Carrier(Protocol):
     last_received: float
 
     @property
+    def wire_bytes(self) -> int:
+        """What went over the wire in both directions, with headers, as near as it can be told."""
+
+    @property
     def name(self) -> str:
         """``QUIC`` or ``TLS``."""
 

@@ -15,6 +15,7 @@ from collections import deque
 from typing import Final
 
 from edgesync import limits
+from edgesync.budget import TCP_OVERHEAD
 from edgesync.errors import (
     EdgeSyncError,
     ErrorCode,
@@ -146,6 +147,10 @@ class TlsLink:
     @property
     def name(self) -> str:
         return "TLS"
+
+    @property
+    def wire_bytes(self) -> int:
+        return int(self._pipe.bytes_moved * TCP_OVERHEAD)
 
     @property
     def controller_name(self) -> str:

@@ -87,6 +87,7 @@ class TlsPipe:
         self._writing = False
         self._shaken = False
         self._received = 0
+        self._sent = 0
         self.closed = False
 
     def start(self) -> None:
@@ -118,6 +119,7 @@ class TlsPipe:
         try:
             while self._waiting:
                 sent = self._sock.send(self._waiting)
+                self._sent += sent
                 del self._waiting[:sent]
         except BlockingIOError:
             pass
@@ -185,6 +187,11 @@ class TlsPipe:
             return float(struct.unpack_from("=I", info, 68)[0]) / 1e6
         except (OSError, struct.error):
             return 0.0
+
+    @property
+    def bytes_moved(self) -> int:
+        """TLS bytes in both directions."""
+        return self._received + self._sent
 
     def controller_name(self) -> str:
         """The kernel's congestion control for what is sent; empty where it does not tell."""

@@ -134,6 +134,8 @@ class Lease(Struct, frozen=True, kw_only=True, tag=10):
     sources: Annotated[list[PeerAddress], Meta(max_length=64)] = []
     deadline_ms: Milliseconds = 0
     retry_after_ms: Milliseconds = 0
+    reason: ShortText | UnsetType = UNSET
+    """Why the gateway gives nothing itself, for people."""
 
 
 class Versions(Struct, frozen=True, kw_only=True, tag=11):

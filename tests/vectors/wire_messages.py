@@ -28,6 +28,9 @@ MESSAGES: dict[str, m.Message] = {
         deadline_ms=4000,
         retry_after_ms=0,
     ),
+    "lease_reason": m.Lease(
+        manifest=A, grants=[], retry_after_ms=30_000, reason="the budget is spent"
+    ),
     "versions": m.Versions(root_version=2, timestamp_version=300),
     "busy": m.Busy(retry_after_ms=5000),
     "close": m.Close(code=6, reason="no longer a member"),

@@ -1,7 +1,13 @@
 import random
 
 from device.core import events as e
-from device.core.download import LEASE_TIMEOUT_S, UNAVAILABLE_AFTER_S, Download
+from device.core.download import (
+    CARRIED_FACTOR,
+    LEASE_TIMEOUT_S,
+    METERED_AFTER_S,
+    UNAVAILABLE_AFTER_S,
+    Download,
+)
 from device.core.peer_ranker import LIES_ALLOWED
 from edgesync.bitfield import Bitfield
 from edgesync.ids import PeerKey
@@ -159,3 +165,44 @@ def test_deadlines_never_spin() -> None:
         now = deadline
         steps += 1
     assert steps < 400
+
+
+def test_a_metered_gateway_is_asked_late_and_for_what_the_budget_has() -> None:
+    core = download()
+    why = "the budget of 2 GB for November is spent; renews 2026-12-01"
+    core.handle(e.GatewayAllowance(int(3.5 * 65_536 * CARRIED_FACTOR), why), now=0.0)
+    assert not core.handle(e.GatewayUp(), now=0.0)
+    assert core.next_deadline() == METERED_AFTER_S
+    core.handle(e.PeerJoined(A), now=1.0)
+    core.handle(e.PeerBitfield(A, 1 << 3), now=1.0)
+    (asked,) = core.handle(e.Tick(), now=METERED_AFTER_S)
+    assert asked == e.AskLease(3)
+    # More than was asked for: only what the budget pays is taken.
+    assert requests(core.handle(lease(3, 5, 6, 7, 8), now=3.1)) == {e.GATEWAY: [5, 6, 7]}
+    for piece in (5, 6, 7):
+        assert e.AskLease not in {
+            type(effect)
+            for effect in core.handle(e.PieceArrived(e.GATEWAY, piece, 65_536), now=3.2)
+        }
+    core.handle(e.PieceArrived(A, 3, 65_536), now=3.3)
+    assert core.explain(now=4.0) == f"waiting: {why}"
+    # Nothing is asked of the gateway from here on, however slow peers are; what one has is taken.
+    assert not core.handle(e.Tick(), now=1000.0)
+    assert requests(core.handle(e.PeerHave(A, (9,)), now=1001.0)) == {A: [9]}
+    core.handle(e.PieceArrived(A, 9, 65_536), now=1002.0)
+    assert core.next_deadline() is None
+    # A new month.
+    effects = core.handle(e.GatewayAllowance(10**9, why), now=1003.0)
+    assert [type(effect) for effect in effects] == [e.AskLease]
+
+
+def test_the_gateways_own_reason_is_told() -> None:
+    core = download()
+    core.handle(e.GatewayUp(), now=0.0)
+    why = "the budget of site plant-7, 2 GB for November is spent; renews 2026-12-01"
+    core.handle(e.LeaseReceived((), (), 0.0, 30.0, why), now=0.1)
+    assert core.explain(now=1.0) == f"waiting: {why}"
+    assert core.next_deadline() == 30.1
+    assert [type(one) for one in core.handle(e.Tick(), now=30.1)] == [e.AskLease]
+    core.handle(lease(3), now=30.2)
+    assert core.explain(now=30.3) == "downloading from the gateway"

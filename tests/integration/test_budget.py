@@ -1,0 +1,68 @@
+"""A month's bytes: a device that has spent its budget waits and says so, takes what a peer has, and forgets nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from edgesync.demo.run import assign, publish, wait_delivered
+from tests.acceptance import cases, inputs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+BUDGET = 900_000
+
+
+def test_a_device_waits_for_its_budget_and_goes_on_from_a_peer(tmp_path: Path) -> None:
+    tree = inputs.incompressible(tmp_path / "tree", 3_000_000, seed=8, files=2)
+    with cases.running_fleet(tmp_path / "work", 0) as fleet:
+        metered, free = fleet.join("metered"), fleet.join("free")
+        with (metered.data / "agent.toml").open("a", encoding="utf-8") as config:
+            config.write(f'\nbudget = {BUDGET}\ntime_zone = "Europe/Rome"\n')
+        fleet.start_device(metered)
+        publish(fleet, tree, "1")
+        assign(fleet, "1")
+
+        def reason() -> str:
+            status = metered.status()
+            rows = status["bundles"] if status else []
+            return str(rows[0]["reason"]) if rows else ""
+
+        fleet.wait("the budget to be spent", lambda: "is spent; renews" in reason(), timeout_s=40)
+        assert reason().startswith("waiting: the budget of 900 kB for ")
+        status = metered.status()
+        assert status is not None
+        assert 0.7 * BUDGET < status["budget"]["spent"] < 1.1 * BUDGET
+        (bundle,) = status["bundles"]
+        from_gateway = bundle["bytes_from_gateway"]
+        assert 0 < from_gateway <= BUDGET
+
+        def told() -> str:
+            shown = fleet.ask("device", "show", "metered", "--data", str(fleet.gateway_data))
+            return str(shown["waiting"])
+
+        fleet.wait("the gateway to know why", lambda: "is spent; renews" in told(), timeout_s=40)
+
+        # A kill gives nothing back.
+        metered.kill()
+        fleet.start_device(metered)
+        fleet.wait(
+            "the count after a kill",
+            lambda: (
+                (status := metered.status()) is not None
+                and bool(status["budget"])
+                and status["budget"]["spent"] > 0.7 * BUDGET
+            ),
+            timeout_s=20,
+        )
+        fleet.wait("the wait after a kill", lambda: "is spent" in reason(), timeout_s=20)
+
+        # A peer of its own network costs nothing.
+        fleet.start_device(free)
+        wait_delivered(fleet, "1")
+        status = metered.status()
+        assert status is not None
+        (bundle,) = status["bundles"]
+        # Under the kill's allowance of one interval.
+        assert bundle["bytes_from_gateway"] <= from_gateway + 0.2 * BUDGET
+        assert bundle["bytes_from_peers"] > 1_500_000
+        assert status["budget"]["spent"] < 1.2 * BUDGET
