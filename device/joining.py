@@ -42,7 +42,7 @@ from edgesync.manifest import NAME_PATTERN
 from edgesync.storage.atomic import replace_file
 from edgesync.storage.datadir import DataDir
 from edgesync.transport.connection import JoinConnection, PeerConnection, PieceAnswer
-from edgesync.transport.endpoint import Endpoint, EndpointConfig
+from edgesync.transport.endpoint import Attempt, Endpoint, EndpointConfig
 from edgesync.wire.messages import (
     ControlMessage,
     Join,
@@ -53,7 +53,7 @@ from edgesync.wire.messages import (
 )
 
 JOIN_TIMEOUT_S = 15.0
-DIAL_TIMEOUT_S = 5.0
+DIAL_TIMEOUT_S = 6.0
 _REFUSALS = {
     "unknown_token": "the gateway does not know this token: was it made on this gateway?",
     "expired": "the token has expired: make a new one on the gateway with `edgesync token create`",
@@ -346,13 +346,15 @@ async def _connect(endpoint: Endpoint, addresses: list[HostPort], key: PeerKey) 
     error: EdgeSyncError | None = None
     verdict = UdpVerdict()
     for address in addresses:
+        attempt = Attempt()
         try:
             target = (address.host, address.port)
             return await reach(
                 verdict,
                 target,
-                functools.partial(endpoint.join, target, expected_key=key),
+                functools.partial(endpoint.join, target, expected_key=key, attempt=attempt),
                 timeout_s=DIAL_TIMEOUT_S,
+                heard=attempt.heard,
             )
         except NotAuthorizedError as exc:
             raise NotAuthorizedError(

@@ -61,9 +61,17 @@ class Dial(Protocol[T_co]):
 
 
 async def reach(
-    verdict: UdpVerdict, address: tuple[str, int], dial: Dial[T], *, timeout_s: float
+    verdict: UdpVerdict,
+    address: tuple[str, int],
+    dial: Dial[T],
+    *,
+    timeout_s: float,
+    heard: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What ``dial`` makes of ``address``, whichever way. Raises EdgeSyncError: what QUIC, or else TLS, ran into."""
+    """What ``dial`` makes of ``address``, whichever way. Raises EdgeSyncError: what QUIC, or else TLS, ran into.
+
+    ``heard`` says whether anything came by QUIC: then it is slow, and not blocked.
+    """
     loop = asyncio.get_running_loop()
     network = network_towards(address)
     probe_at = verdict.probe_at(network)
@@ -72,17 +80,24 @@ async def reach(
             return await dial(over_tls=True, timeout_s=timeout_s)
         except EdgeSyncError as exc:
             logger.debug("the gateway by TLS at %s:%d: %s", *address, exc)
-    return await _race(verdict, network, address, dial, timeout_s)
+    return await _race(verdict, network, address, dial, timeout_s, heard)
 
 
 async def _race(
-    verdict: UdpVerdict, network: str, address: tuple[str, int], dial: Dial[T], timeout_s: float
+    verdict: UdpVerdict,
+    network: str,
+    address: tuple[str, int],
+    dial: Dial[T],
+    timeout_s: float,
+    heard: Callable[[], bool],
 ) -> T:
     loop = asyncio.get_running_loop()
     quic = asyncio.ensure_future(dial(over_tls=False, timeout_s=timeout_s))
     tls: asyncio.Future[T] | None = None
     try:
         await asyncio.wait({quic}, timeout=PATIENCE_S)
+        if heard():
+            await asyncio.wait({quic})
         if quic.done() and not _is_silence(quic):
             verdict.open(network)
             return quic.result()
@@ -94,7 +109,7 @@ async def _race(
                 verdict.open(network)
                 return quic.result()
             if tls in done and tls.exception() is None:
-                if verdict.blocked(network, now=loop.time()):
+                if not heard() and verdict.blocked(network, now=loop.time()):
                     logger.warning("%s", sentence(address[1]))
                 return tls.result()
         return quic.result()

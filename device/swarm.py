@@ -52,7 +52,7 @@ from edgesync.peer.session import printable
 from edgesync.piece_finder import PieceFinder
 from edgesync.rarity import mask_from_bits
 from edgesync.transport.connection import PeerConnection, PieceAnswer, surviving
-from edgesync.transport.endpoint import Endpoint
+from edgesync.transport.endpoint import Attempt, Endpoint
 from edgesync.wire.messages import (
     BitfieldMessage,
     ControlMessage,
@@ -74,6 +74,9 @@ GATEWAY_IDLE_S: Final = 30.0
 FIRST_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 30.0
 DIAL_TIMEOUT_S: Final = 3.0
+"""How long a peer may be silent while it is dialed."""
+GATEWAY_DIAL_TIMEOUT_S: Final = 6.0
+"""The gateway is worth a lost packet on a path with two seconds of round trip."""
 PROBE_LOOK_S: Final = 5.0
 SILENT_S: Final = 2.0
 """A session from which nothing came for this long gives way to a new one of the same peer."""
@@ -417,15 +420,20 @@ class Swarm:
         assert self._endpoint is not None
         error: EdgeSyncError = PeerUnreachableError("no address of the gateway is known")
         for text in list(self._gateway_addresses())[:8]:
+            attempt = Attempt()
             try:
                 address = _address(text)
                 await reach(
                     self.udp,
                     address,
                     functools.partial(
-                        self._endpoint.connect, address, expected_key=self._gateway_key()
+                        self._endpoint.connect,
+                        address,
+                        expected_key=self._gateway_key(),
+                        attempt=attempt,
                     ),
-                    timeout_s=DIAL_TIMEOUT_S,
+                    timeout_s=GATEWAY_DIAL_TIMEOUT_S,
+                    heard=attempt.heard,
                 )
             except EdgeSyncError as exc:
                 error = exc

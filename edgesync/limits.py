@@ -54,6 +54,11 @@ MAX_FRAME_BYTES: Final = 64 * KIB
 UNPROVEN_WINDOW_BYTES: Final = 16 * KIB
 """All a stranger may send before it has proved which member it is."""
 UNPROVEN_TIMEOUT_S: Final = 5.0
+"""A stranger that holds a place and proves nothing; one at the end of a long path gets more while few are here."""
+MAX_HANDSHAKE_S: Final = 30.0
+"""Longest handshake, whatever round-trip time the other side makes the path look like and however often it speaks."""
+MAX_SILENCE_S: Final = 60.0
+"""Longest silence on a path, however long its round trips: a peer that delays its ACKs is held no longer."""
 MAX_PATH_WINDOW_BYTES: Final = 16 * MIB
 """Most bytes in flight on a path: a peer that acknowledges what it has not received raises the window no further."""
 MAX_PATH_RATE_BYTES_S: Final = 1_250_000_000.0
@@ -86,6 +91,8 @@ MAX_CONNECTIONS_PER_KEY: Final = 4
 QUIC_IDLE_TIMEOUT_S: Final = 30.0
 STALL_TIMEOUT_S: Final = 15.0
 """A stream on which nothing moves for so long is given up; anything that moves starts it again."""
+MAX_TURN_S: Final = 300.0
+"""A stream may wait so long while others of its connection move: on a slow path they take turns."""
 SEND_BACKLOG_BYTES: Final = 256 * KIB
 """Bytes not sent yet that a stream's writer may leave before it waits, besides the piece it is writing."""
 MAX_SEND_AHEAD_BYTES: Final = 8 * MIB

@@ -49,6 +49,7 @@ from edgesync.transport.connection import (
 from edgesync.transport.engine import transport_warnings
 from edgesync.transport.flow import Budget
 from edgesync.transport.link import Link
+from edgesync.transport.patience import silence_s, stranger_s
 from edgesync.transport.quic import (
     DEFAULT_CONTROLLER,
     client_configuration,
@@ -70,11 +71,13 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S: Final = 2.0
 """Where something is wanted, a silence of half of this is answered with a ping."""
 DEAD_AFTER_S: Final = 8.0
-"""Where something is wanted, a peer that answers no ping for this long is gone."""
+"""Where something is wanted, a peer that answers no ping for this long is gone; on a long path later (``patience``)."""
 BUSY_RETRY_MS: Final = 5_000
 JOIN_LIFETIME_S: Final = 60.0
 PORT_ATTEMPTS: Final = 8
 """Where any port will do, it must be free for UDP and TCP."""
+EVICT_LOOK_S: Final = 1.0
+"""A stranger with a long path is looked at so often: more at the door end its respite."""
 _BASE_SHARE: Final = 0.75
 """Part of the budget that base windows may take, so that answers always find some."""
 
@@ -110,6 +113,22 @@ class EndpointConfig:
         whole = (1 + limits.MAX_REQUESTS_PER_CONNECTION) * limits.MEMBER_STREAM_WINDOW_BYTES
         share = int(self.budget_bytes * _BASE_SHARE) // max(1, self.max_connections)
         return max(limits.UNPROVEN_WINDOW_BYTES, min(whole, share))
+
+
+class Attempt:
+    """What a dial by QUIC has come to, for who may try another way meanwhile."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._link: Carrier | None = None
+
+    def watch(self, link: Carrier) -> None:
+        self._began = link.last_received
+        self._link = link
+
+    def heard(self) -> bool:
+        """Whether anything came from there."""
+        return self._link is not None and self._link.last_received > self._began
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +257,7 @@ class Endpoint:
         socket = self.switchboard.socket
         return EndpointStats(
             connections=len(self._connections),
-            unproven=self.switchboard.unproven + (self.tcp_door.unproven if self.tcp_door else 0),
+            unproven=self.strangers,
             refused=self.switchboard.refused + (self.tcp_door.refused if self.tcp_door else 0),
             retried=self.switchboard.retried,
             datagrams_in=socket.datagrams_in,
@@ -261,12 +280,14 @@ class Endpoint:
         expected_key: PeerKey | None = None,
         timeout_s: float = 5.0,
         over_tls: bool = False,
+        attempt: Attempt | None = None,
     ) -> PeerConnection:
         """A session with the member at ``address``; ``connected`` was told when this returns.
 
-        The server's certificate must pass the judge, and be of ``expected_key`` where one is given. A server with too
-        many strangers from here is asked again with jitter. Raises PeerUnreachableError, PeerTimeoutError,
-        PeerBusyError, NotAuthorizedError, ProtocolError.
+        ``timeout_s`` is how long nothing may come from there, longer on a path with long round trips; all together may
+        take MAX_HANDSHAKE_S. ``attempt`` tells whether anything came by QUIC. The server's certificate must pass the
+        judge, and be of ``expected_key`` where one is given. A server with too many strangers from here is asked again
+        with jitter. Raises PeerUnreachableError, PeerTimeoutError, PeerBusyError, NotAuthorizedError, ProtocolError.
         """
         dial = await self._dial(
             address,
@@ -274,6 +295,7 @@ class Endpoint:
             timeout_s,
             lambda: _Dialer(self, expected_key=expected_key),
             over_tls=over_tls,
+            attempt=attempt,
         )
         assert isinstance(dial, _Dialer)
         assert dial.connection is not None
@@ -286,6 +308,7 @@ class Endpoint:
         expected_key: PeerKey,
         timeout_s: float = 5.0,
         over_tls: bool = False,
+        attempt: Attempt | None = None,
     ) -> JoinConnection:
         """A connection to ask a gateway of ``expected_key`` for membership. Raises as ``connect``."""
         dial = await self._dial(
@@ -294,6 +317,7 @@ class Endpoint:
             timeout_s,
             lambda: _Joiner(self, expected_key),
             over_tls=over_tls,
+            attempt=attempt,
         )
         assert isinstance(dial, _Joiner)
         assert dial.connection is not None
@@ -307,6 +331,7 @@ class Endpoint:
         make: "Callable[[], _Dialer | _Joiner]",
         *,
         over_tls: bool,
+        attempt: Attempt | None,
     ) -> "_Dialer | _Joiner":
         deadline = self._loop.time() + timeout_s
         if self._closing:
@@ -315,12 +340,12 @@ class Endpoint:
             begin = functools.partial(self._begin_tls, alpn, address, deadline)
         else:
             resolved = await self._resolve(address, timeout_s)
-            begin = functools.partial(self._begin_quic, alpn, resolved)
+            begin = functools.partial(self._begin_quic, alpn, resolved, attempt or Attempt())
         pause = 0.05
         while True:
             dialer = make()
             try:
-                await self._dial_once(begin, dialer, deadline)
+                await self._dial_once(begin, dialer, timeout_s)
             except PeerBusyError as exc:
                 # Full of strangers is over in moments; a member that says BUSY names its own time.
                 wait = random.uniform(pause / 2, pause * 1.5)  # noqa: S311 - jitter, not a secret
@@ -336,13 +361,12 @@ class Endpoint:
         self,
         begin: "Callable[[_Dialer | _Joiner], Awaitable[Carrier]]",
         dialer: "_Dialer | _Joiner",
-        deadline: float,
+        timeout_s: float,
     ) -> None:
         link = await begin(dialer)
         self._links[link] = None
         try:
-            async with asyncio.timeout_at(deadline):
-                await dialer.ready
+            await self._answered(link, dialer.ready, timeout_s)
         except TimeoutError:
             error = PeerTimeoutError(f"no session with {plain(link.address)[0]} in time")
             link.close(ErrorCode.TIMEOUT, error=error)
@@ -354,11 +378,27 @@ class Endpoint:
             if isinstance(link, Link):
                 self.switchboard.dialed(link)
 
+    async def _answered(
+        self, link: Carrier, ready: "asyncio.Future[None]", timeout_s: float
+    ) -> None:
+        """Wait as long as the other side speaks. Raises TimeoutError; EdgeSyncError: what the dial ran into."""
+        latest = self._loop.time() + max(timeout_s, limits.MAX_HANDSHAKE_S)
+        while not ready.done():
+            rtt_s = link.smoothed_rtt() if link.error is None else 0.0
+            until = min(latest, link.last_received + silence_s(timeout_s, rtt_s))
+            left = until - self._loop.time()
+            if left <= 0:
+                raise TimeoutError
+            await asyncio.wait({ready}, timeout=left)
+        ready.result()
+
     async def _begin_quic(
-        self, alpn: str, address: Address, dialer: "_Dialer | _Joiner"
+        self, alpn: str, address: Address, attempt: Attempt, dialer: "_Dialer | _Joiner"
     ) -> Carrier:
         configuration = client_configuration(alpn=alpn, idle_timeout_s=self.config.idle_timeout_s)
-        return self.switchboard.dial(configuration, address, dialer)
+        link = self.switchboard.dial(configuration, address, dialer)
+        attempt.watch(link)
+        return link
 
     async def _begin_tls(
         self, alpn: str, address: tuple[str, int], deadline: float, dialer: "_Dialer | _Joiner"
@@ -408,14 +448,27 @@ class Endpoint:
 
     def accepted(self, link: Carrier) -> None:
         self._links[link] = None
-        self._loop.call_later(limits.UNPROVEN_TIMEOUT_S, self._evict_unproven, link)
+        self._loop.call_later(
+            limits.UNPROVEN_TIMEOUT_S, self._evict_unproven, link, self._loop.time()
+        )
 
-    def _evict_unproven(self, link: Carrier) -> None:
-        if link.error is None and link.unproven:
-            link.close(
-                ErrorCode.TIMEOUT,
-                error=PeerTimeoutError("a stranger did not prove who it is in time"),
-            )
+    def _evict_unproven(self, link: Carrier, since: float) -> None:
+        if link.error is not None or not link.unproven:
+            return
+        crowded = self.strangers >= min(limits.RETRY_FROM_UNPROVEN, self.config.max_unproven)
+        left = since + stranger_s(link.smoothed_rtt(), crowded=crowded) - self._loop.time()
+        if left > 0:
+            self._loop.call_later(min(left, EVICT_LOOK_S), self._evict_unproven, link, since)
+            return
+        link.close(
+            ErrorCode.TIMEOUT,
+            error=PeerTimeoutError("a stranger did not prove who it is in time"),
+        )
+
+    @property
+    def strangers(self) -> int:
+        """Connections at the door of which nobody knows who they are."""
+        return self.switchboard.unproven + (self.tcp_door.unproven if self.tcp_door else 0)
 
     @property
     def full(self) -> bool:
@@ -517,10 +570,10 @@ class Endpoint:
             wanted_since = {c: wanted_since.get(c, now) for c in wanted}
             for connection, link in wanted.items():
                 silent = now - max(link.last_received, wanted_since[connection])
-                if silent >= DEAD_AFTER_S:
+                if silent >= silence_s(DEAD_AFTER_S, link.smoothed_rtt()):
                     link.close(
                         ErrorCode.TIMEOUT,
-                        error=PeerTimeoutError(f"nothing came for {DEAD_AFTER_S:.0f} s"),
+                        error=PeerTimeoutError(f"nothing came for {silent:.0f} s"),
                     )
                 elif now - link.last_received >= KEEP_ALIVE_S / 2:
                     link.ping()
@@ -770,6 +823,7 @@ def _written(address: Address) -> str:
 
 
 __all__ = [
+    "Attempt",
     "Endpoint",
     "EndpointConfig",
     "EndpointStats",

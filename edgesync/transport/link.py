@@ -104,6 +104,8 @@ class Link:
         self.last_received = self.loop.time()
         self.wire_bytes = 0
         """In both directions, with the headers below QUIC."""
+        self.moved_in = 0
+        self.moved_out = 0
         self._switchboard = switchboard
         self._streams: dict[int, Stream] = {}
         self._consumed = 0

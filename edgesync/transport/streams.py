@@ -23,6 +23,7 @@ from edgesync.errors import (
 )
 from edgesync.peer.session import error_from_code
 from edgesync.transport.flow import Budget
+from edgesync.transport.patience import silence_s
 from edgesync.transport.read_buffer import ReadBuffer
 from edgesync.transport.udp import Address
 from edgesync.wire import codec
@@ -47,6 +48,10 @@ class Carrier(Protocol):
     error: EdgeSyncError | None
     handshake_complete: bool
     last_received: float
+    moved_in: int
+    """Bytes of all its streams that came in order."""
+    moved_out: int
+    """Bytes let go of, of all streams that were waited for."""
 
     @property
     def wire_bytes(self) -> int:
@@ -127,6 +132,7 @@ class Stream:
         self._needed = 0
         self._writer: asyncio.Future[None] | None = None
         self._low_water: int | None = None
+        self._last_backlog = 0
         self._finished_writing = False
 
     # --- receiving
@@ -218,21 +224,28 @@ class Stream:
     async def _wait_for(self, count: int, stall_s: float | None) -> None:
         if self._reader is not None:
             raise RuntimeError("a stream has one reader")
+        link = self._link
+        since = link.loop.time()
         while len(self._buffer) < count:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 return
-            before = self.received
+            before, moved = self.received, link.moved_in
             self._needed = count
-            self._reader = self._link.loop.create_future()
+            self._reader = link.loop.create_future()
             try:
-                await _within(self._reader, stall_s)
+                await _within(self._reader, self._patience(stall_s))
             except TimeoutError:
-                if self.received == before:
+                if self.received != before:
+                    since = link.loop.time()
+                elif link.moved_in == moved or link.loop.time() - since >= limits.MAX_TURN_S:
                     raise PeerTimeoutError(f"the peer sent nothing for {stall_s:g} s") from None
             finally:
                 self._reader = None
+
+    def _patience(self, stall_s: float | None) -> float | None:
+        return None if stall_s is None else silence_s(stall_s, self._link.smoothed_rtt())
 
     def _consume(self, count: int) -> None:
         self._consumed += count
@@ -275,26 +288,31 @@ class Stream:
 
         Raises PeerTimeoutError: nothing moved.
         """
+        link = self._link
+        since = link.loop.time()
         while not self._has_room(low_water):
             if self._error is not None:
                 raise self._error
             if self._writer is not None:
                 await _within(asyncio.shield(self._writer), stall_s)
                 continue
-            before = self.backlog
+            before, moved = self.backlog, link.moved_out
             self._low_water = low_water
-            self._writer = self._link.loop.create_future()
-            self._link.starts_draining(self)
+            self._last_backlog = before
+            self._writer = link.loop.create_future()
+            link.starts_draining(self)
             try:
-                await _within(self._writer, stall_s)
+                await _within(self._writer, self._patience(stall_s))
             except TimeoutError:
-                if self.backlog >= before:
+                if self.backlog < before:
+                    since = link.loop.time()
+                elif link.moved_out == moved or link.loop.time() - since >= limits.MAX_TURN_S:
                     raise PeerTimeoutError(f"the peer accepted nothing for {stall_s:g} s") from None
             finally:
                 if self._writer is not None and not self._writer.done():
                     self._writer.cancel()
                 self._writer = None
-                self._link.ends_draining(self)
+                link.ends_draining(self)
         if self._error is not None:
             raise self._error
 
@@ -302,6 +320,9 @@ class Stream:
         waiter = self._writer
         if waiter is None or waiter.done():
             return
+        backlog = self.backlog
+        self._link.moved_out += max(0, self._last_backlog - backlog)
+        self._last_backlog = backlog
         if self._has_room(self._low_water):
             waiter.set_result(None)
 
@@ -371,6 +392,7 @@ class Stream:
 
     def data_received(self, data: bytes, *, ended: bool) -> None:
         self.received += len(data)
+        self._link.moved_in += len(data)
         self._ended = self._ended or ended
         if self._abandoned:
             self._consume(len(data))

@@ -103,6 +103,8 @@ class TlsLink:
         self.error: EdgeSyncError | None = None
         self.handshake_complete = False
         self.last_received = self.loop.time()
+        self.moved_in = 0
+        self.moved_out = 0
         self._protocols = protocols
         self._idle_timeout_s = idle_timeout_s
         self._door = door

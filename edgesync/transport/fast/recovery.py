@@ -1,10 +1,13 @@
 """Loss recovery with slim records: what an ACK says about neighbouring stream bytes reaches the stream once.
 
-Semantics are aioquic's (RFC 9002), with two additions: probes after an outage are at most ``PROBE_INTERVAL_S`` apart,
-and one transmission can be held to one datagram without touching the congestion controller.
+Semantics are aioquic's (RFC 9002), with three additions: probes after an outage are at most ``PROBE_INTERVAL_S`` apart;
+one transmission can be held to one datagram without touching the congestion controller; and an ACK of a packet whose
+data was sent again meanwhile is a sample of the round-trip time. Without it a path slower than the probes is never
+measured: aioquic forgets the oldest packet at each probe, and what is acknowledged is always one it has forgotten.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 from aioquic.quic.packet import QuicPacketType
@@ -19,6 +22,8 @@ from edgesync.transport.congestion.base import CongestionController
 PROBE_INTERVAL_S: Final = 1.0
 """Longest pause between probes of a silent peer: doubling would sleep for seconds after an outage is over."""
 MIN_RTT_S: Final = 0.001
+MAX_GIVEN_UP: Final = 64
+"""Packets a probe took the data of, whose late acknowledgement still tells the round-trip time."""
 
 _ACKED: Final = QuicDeliveryState.ACKED
 
@@ -102,6 +107,11 @@ class FastRecovery(QuicPacketRecovery):
     controller: CongestionController
     """The same object as aioquic's ``_cc``."""
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._given_up: dict[tuple[int, int], float] = {}
+        """(Space, packet number) to when it was sent, of packets a probe took the data of."""
+
     @property
     def congestion_window(self) -> int:
         window = self._cc.congestion_window
@@ -147,16 +157,55 @@ class FastRecovery(QuicPacketRecovery):
         if sender is not None:
             sender.on_data_delivery(_ACKED, start, stop, False)
         if packet is None:
+            self._acked_late(space, largest_acked, ack_delay, now)
             return
         if flown:
             self.controller.on_burst_acked(flown, now)
         space.ack_eliciting_in_flight -= eliciting
         if packet.packet_number == largest_acked and eliciting:
             self._sample_rtt(now - packet.sent_time, min(ack_delay, self.max_ack_delay), now)
+        else:
+            self._acked_late(space, largest_acked, ack_delay, now)
         self._detect_loss(now=now, space=space)
         if self.peer_completed_address_validation:
             self._pto_count = 0
         self.controller.on_ack_end(now)
+
+    def _acked_late(
+        self, space: QuicPacketSpace, number: int, ack_delay: float, now: float
+    ) -> None:
+        """A packet number is used once, so this sample is unambiguous (RFC 9002 section 5.1)."""
+        sent_time = self._given_up.pop((self.spaces.index(space), number), None)
+        if sent_time is None:
+            return
+        self._sample_rtt(now - sent_time, min(ack_delay, self.max_ack_delay), now)
+        if self.peer_completed_address_validation:
+            self._pto_count = 0
+
+    def _on_packets_lost(
+        self,
+        *,
+        congestion_event: bool = True,
+        now: float,
+        packets: Iterable[Any],
+        persistent_congestion: bool = False,
+        space: QuicPacketSpace,
+    ) -> None:
+        if not congestion_event or not self._rtt_initialized:
+            packets = tuple(packets)
+            index = self.spaces.index(space)
+            for packet in packets:
+                if packet.is_ack_eliciting:
+                    self._given_up[index, packet.packet_number] = packet.sent_time
+            while len(self._given_up) > MAX_GIVEN_UP:
+                del self._given_up[next(iter(self._given_up))]
+        super()._on_packets_lost(
+            congestion_event=congestion_event,
+            now=now,
+            packets=packets,
+            persistent_congestion=persistent_congestion,
+            space=space,
+        )
 
     def _sample_rtt(self, rtt: float, ack_delay: float, now: float) -> None:
         """RFC 9002 section 5.3, with aioquic's floor of a millisecond."""
