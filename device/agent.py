@@ -35,7 +35,7 @@ from device.state import StateDatabase
 from device.swarm import Swarm
 from device.telemetry import Telemetry
 from device.trust_store import TrustStore
-from edgesync import __version__, config
+from edgesync import __version__, config, limits
 from edgesync.budget import SPENT, Verdict
 from edgesync.cli.errors import run as run_command
 from edgesync.config import HostPort, parse_host_port
@@ -467,9 +467,9 @@ class Agent:
         self._swarm.set_allowance(GatewayAllowance(verdict.left_bytes, verdict.reason))
 
     # --- telling ----------------------------------------------------------------------------------------------------
-    async def _execution_changed(self, row: Execution) -> None:
+    async def _execution_changed(self, row: Execution, news: bool) -> None:
         self._telemetry.state_changed()
-        if not row.assignment_id:
+        if not news or not row.assignment_id:
             return
         counters = self._counters(row.digest)
         report = mqtt.Report(
@@ -507,7 +507,8 @@ class Agent:
     def _mqtt_state(self) -> mqtt.State:
         view = self._metadata.trusted
         reports = self._outbox.last_size
-        waiting = next((row.reason for row in self._rows() if row.reason and not row.ended), "")
+        rows = self._rows()[::-1]  # what began last is what must not be left out
+        waiting = next((row.reason for row in reversed(rows) if row.reason and not row.ended), "")
         return mqtt.State(
             device=self._member.id,
             key=self._identity.key,
@@ -529,8 +530,9 @@ class Agent:
                     pieces_have=row.pieces_have,
                     pieces_total=row.pieces_total,
                 )
-                for row in self._rows()
-            ][:32],
+                for row in rows[: limits.MAX_STATE_BUNDLES]
+            ],
+            bundles_omitted=max(0, len(rows) - limits.MAX_STATE_BUNDLES),
             waiting=waiting[:200],
             root_version=view.root_version,
             timestamp_version=view.timestamp_version,
@@ -669,6 +671,8 @@ class Agent:
             # What begins and activates bundles runs in this one thread: nothing of it comes between the guards and
             # the removal. A verification reads for minutes and must not hold it up.
             answer = await self._in_storage(work)
+            self._installer.removed(answer["id"])
+            self._telemetry.state_changed()
         else:
             answer = await asyncio.to_thread(work)
         yield answer

@@ -65,8 +65,9 @@ class Installer:
         metadata: Metadata,
         swarm: Fetcher,
         hardware: str,
-        on_change: Callable[[Execution], Awaitable[None]],
+        on_change: Callable[[Execution, bool], Awaitable[None]],
     ) -> None:
+        """``on_change`` is told each change of a row, and whether the gateway should hear of it."""
         self._store = store
         self._trust_store = trust_store
         self._executions = executions
@@ -78,6 +79,11 @@ class Installer:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(PARALLEL_BUNDLES)
         self.rows: dict[Digest, Execution] = {row.digest: row for row in executions.all()}
+        self._settled: dict[Digest, str] = {
+            row.digest: row.assignment_id for row in self.rows.values() if row.status == "succeeded"
+        }
+        """The assignment that ended well; bringing the bundle again after damage is no second end of it."""
+        self._reported: dict[Digest, tuple[str, str, str, str]] = {}
         self._wake: dict[tuple[str, str], asyncio.Event] = {}
         self._told: dict[Digest, State] = {}
         self._working_on: dict[tuple[str, str], Entry] = {}
@@ -126,6 +132,11 @@ class Installer:
             and row.step in {"installing", "verifying"}
             for row in self.rows.values()
         )
+
+    def removed(self, digest: Digest) -> None:
+        """The bundle is not on this device any more, and its execution was forgotten with it."""
+        for known in (self.rows, self._told, self._settled, self._reported):
+            known.pop(digest, None)
 
     def look_again(self) -> None:
         """Metadata or disk changed: whoever waits tries anew."""
@@ -188,7 +199,8 @@ class Installer:
                     self._wake[key].clear()
                     await self._once(entry)
                 except _WaitError as wait:
-                    await self._say(entry, "queued", reason=str(wait))
+                    if self._settled.get(Digest(entry.target_hash)) != entry.assignment_id:
+                        await self._say(entry, "queued", reason=str(wait))
                     await self._pause(key, wait.seconds)
                 except DiskFullError as exc:
                     await self._say(entry, "in_progress", step="downloading", reason=str(exc))
@@ -297,7 +309,7 @@ class Installer:
             if assignment_id or not self.is_assigned(row.name, row.version):
                 await self._put(row)
             return
-        row.step = "downloaded"
+        row.step, row.reason = "downloaded", ""
         await self._put(row)
         await self._activate(row, staged, target)
 
@@ -382,6 +394,8 @@ class Installer:
             if info.digest != keep and not self.is_assigned(info.name, info.version):
                 with contextlib.suppress(EdgeSyncError):
                     await self._in_storage(self._store.remove, info.digest)
+                    await self._in_storage(self._executions.forget, info.digest)
+                    self.removed(info.digest)
 
     async def _manifest_bytes(self, target: BundleTarget) -> bytes:
         with contextlib.suppress(NotFoundError):
@@ -418,11 +432,27 @@ class Installer:
         ):
             logger.error("%s@%s went from %s to %s", row.name, row.version, before, now)
         self._told[row.digest] = now
+        # First what the gateway is to hear: after a power cut in between it is said twice, which the gateway sees
+        # through, and never not at all.
+        await self._on_change(row, self._is_news(row))
         try:
             await self._in_storage(self._executions.put, row)
         except StorageError:
             logger.exception("the state of %s@%s could not be stored", row.name, row.version)
-        await self._on_change(row)
+
+    def _is_news(self, row: Execution) -> bool:
+        """Whether an assignment got to a step it was not at before."""
+        now = (row.assignment_id, row.status, row.step, row.reason)
+        if self._settled.get(row.digest) == row.assignment_id:
+            if not row.ended or row.status == "succeeded":
+                return False
+            del self._settled[row.digest]
+        elif row.status == "succeeded":
+            self._settled[row.digest] = row.assignment_id
+        if self._reported.get(row.digest) == now:
+            return False
+        self._reported[row.digest] = now
+        return True
 
     async def _in_storage(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(

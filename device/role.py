@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from device.bundle_store import BundleInfo, BundleStore
 from device.config import AgentSettings
+from device.executions import Executions
 from device.getting import parse
 from device.state import StateDatabase
 from edgesync import config
@@ -102,7 +103,9 @@ def perform(
             if fetching(info.digest):
                 raise ConflictError(f"{info.name}@{info.version} is being fetched")
             store.remove(info.digest)
-            return {"name": info.name, "version": info.version}
+            # What became of it is not to be told of a bundle that is not here.
+            Executions(store.state).forget(info.digest)
+            return {"id": info.digest, "name": info.name, "version": info.version}
         case _:
             raise UsageError(f"no operation {operation!a}")
 

@@ -252,6 +252,8 @@ class Ingest:
                     json.dumps(counters, separators=(",", ":")),
                 ),
             )
+        if known is not None and report.terminal and known["status"] == report.status:
+            return  # a device that lost power between saying and noting it says it again
         told = msgspec.structs.asdict(report)
         for name in ("device", "key"):
             told.pop(name)

@@ -78,14 +78,18 @@ def test_verify_without_an_agent_reads_the_disk(data: DataDir, store: BundleStor
 
 
 def test_what_is_in_use_is_not_removed(store: BundleStore) -> None:
-    install(store, "1", "2")
+    first, _ = install(store, "1", "2")
     with pytest.raises(ConflictError, match="app@1 is assigned to this device"):
         perform(store, "bundle_remove", "app@1", assigned=True)
     with pytest.raises(ConflictError, match="app@1 is being fetched"):
         perform(store, "bundle_remove", "app@1", fetching=True)
     with pytest.raises(ConflictError, match="app@2 is the active version"):
         perform(store, "bundle_remove", "app@2")
-    assert perform(store, "bundle_remove", "app@1") == {"name": "app", "version": "1"}
+    assert perform(store, "bundle_remove", "app@1") == {
+        "id": first.digest,
+        "name": "app",
+        "version": "1",
+    }
     assert [info.version for info in store.bundles()] == ["2"]
 
 

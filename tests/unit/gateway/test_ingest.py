@@ -103,6 +103,21 @@ def test_results_a_device_lost_are_told_once(register, device, ingest):
     assert row(register)["reports_lost"] == 1  # its outbox was made anew
 
 
+def test_a_result_said_again_is_one_event(register, device, ingest):
+    """A device that lost power between saying and noting says it again, under another number."""
+    for sequence, status in enumerate(
+        ("in_progress", "succeeded", "succeeded", "in_progress", "failed", "failed"), start=1
+    ):
+        ingest.handle([report(device, sequence, status)], utc_now=1.0)
+    kinds = [event["kind"] for event in register.rows("SELECT kind FROM events ORDER BY id")]
+    assert kinds == [
+        "execution.in_progress",
+        "execution.succeeded",
+        "execution.in_progress",
+        "execution.failed",
+    ]
+
+
 def test_older_words_and_ended_epochs_do_not_count(register, device, ingest):
     def online(*messages):
         ingest.handle(messages, utc_now=1.0)
