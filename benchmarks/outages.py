@@ -8,6 +8,7 @@
   given up is in the link's figure.
 * ``again``: time from the end of an outage until AGAIN_BYTES came out of the link.
 * ``address``: the device's address changes, and its NAT forgets it; the longest time without data, and bytes above payload.
+* ``gateway``: the gateway is killed in mid-transfer and started again; time until AGAIN_BYTES came after it is ready.
 * ``broker``: an external broker is killed and restarted empty while devices transfer and report.
 """
 
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netbench.results import machine, revision
-from benchmarks.netbench.single import CACHE, MB
+from benchmarks.netbench.single import CACHE, DOCS, MB
 from gateway.broker_config import BrokerSite, mosquitto_acl, mosquitto_conf
 from simulations.netlab.fleet import Agent, Fleet, make_tree, tree_hash
 from simulations.netlab.forwarder import Impairment
@@ -47,8 +48,10 @@ MOVING_BYTES = 1_500
 """Less than this in one sample is silence."""
 NAME = "payload"
 EXTERNAL_PORT = 8884
+AS_SHIPPED = {"EDGESYNC_RECONNECT_MAX": "300s"}
+"""The laboratory shortens this for its scenarios; what is measured here is what an operator gets."""
 RECEIVED_BAR, AGAIN_BAR_S, ADDRESS_BAR_S = 1.02, 1.5, 3.0
-CASES = ("cuts", "again", "address", "broker")
+CASES = ("cuts", "again", "address", "gateway", "broker")
 Row = dict[str, Any]
 
 
@@ -180,6 +183,10 @@ class Bed:
         bundle = self.agent.bundle(NAME, version) or {}
         return int(bundle.get("bytes_from_gateway", 0)) + int(bundle.get("bytes_from_peers", 0))
 
+    def carrier(self) -> str:
+        """By what the session with the gateway goes: QUIC or TLS."""
+        return str((self.agent.status() or {}).get("gateway", {}).get("carrier", ""))
+
     def cut(self, seconds: float) -> None:
         self.site.link.set(down=1)
         try:
@@ -203,7 +210,12 @@ def bed(
     folder = Path(tempfile.mkdtemp(dir=work))
     with Lab(seed=SEED) as lab:
         lab.add_site("plant", devices=devices, there=way, nat=nat)
-        with Fleet(lab, folder, gateway_environment=gateway_environment) as fleet:
+        with Fleet(
+            lab,
+            folder,
+            gateway_environment=gateway_environment,
+            agent_environment=AS_SHIPPED,
+        ) as fleet:
             fleet.init()
             before_start(fleet)
             fleet.start_gateway()
@@ -212,7 +224,12 @@ def bed(
     shutil.rmtree(folder, ignore_errors=True)
 
 
+SAID: list[str] = []
+"""What the case under way has printed, for the page."""
+
+
 def say(text: str) -> None:
+    SAID.append(text)
     print(text, flush=True)
 
 
@@ -361,8 +378,10 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
                 it.watch.rest(rng.uniform(2.0, 3.0))
                 if it.done("1"):
                     raise LabError("the payload was too small for all outages")
+                cpu = it.agent.cpu_s()
                 it.cut(seconds)
                 up = it.watch.sample()
+                busy = (it.agent.cpu_s() - cpu) / seconds
                 back = it.watch.until(
                     lambda s, up=up: s.back - up.back > 0, what="a sign", timeout_s=120
                 )  # type: ignore[misc]
@@ -374,6 +393,8 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
                         "number": number,
                         "again_s": moved - up.at,
                         "sign_s": back.at - up.at,
+                        "carrier": it.carrier(),
+                        "busy": busy,
                     }
                 )
                 say(
@@ -385,6 +406,9 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
             f"moving again after an outage of {seconds:g} s: {_spread(mine)} s ({len(mine)} times)"
         )
         say(_verdict(figure, statistics.median(mine), AGAIN_BAR_S) if seconds == 5.0 else figure)
+        busy = [100 * row["busy"] for row in rows if row["seconds"] == seconds]
+        tls = sum(row["seconds"] == seconds and row["carrier"] == "TLS" for row in rows)
+        say(f"  agent's use of a core meanwhile {_spread(busy)} %; went on by TLS {tls} times")
     return rows
 
 
@@ -423,6 +447,39 @@ def address(work: Path, options: argparse.Namespace) -> list[Row]:
                 ADDRESS_BAR_S,
             )
         )
+    return rows
+
+
+# --- gateway
+
+
+def gateway(work: Path, options: argparse.Namespace) -> list[Row]:
+    rows: list[Row] = []
+    repeat = options.repeat or (2 if options.quick else 5)
+    with bed(work, size=(12 + repeat * 12) * MB) as it:
+        it.publish("1")
+        began = it.begin("1")
+        for _ in range(repeat):
+            it.watch.rest(3.0)
+            if it.done("1"):
+                raise LabError("the payload was too small for all kills")
+            it.fleet.kill_gateway()
+            it.watch.rest(options.down)
+            starting = time.monotonic()
+            it.fleet.start_gateway()
+            ready = it.watch.sample()
+            moved = _again(it, ready) - ready.at
+            rows.append({"case": "gateway", "again_s": moved, "start_s": ready.at - starting})
+            say(
+                f"  gateway dead for {options.down:g} s, ready {ready.at - starting:.2f} s after its start: data {moved:.2f} s later"
+            )
+        end = it.finish("1", timeout_s=300)
+        received, link = it.received("1") / it.size, (end.there - began.there) / it.size
+        rows[-1].update(received=received, link=link)
+    say(
+        f"moving again after the gateway is ready: {_spread([row['again_s'] for row in rows])} s ({repeat} times)"
+    )
+    say(f"  agent's counters / payload {received:.4f}, link / payload {link:.4f}")
     return rows
 
 
@@ -607,6 +664,8 @@ def main() -> int:
         "--outage", type=float, action="append", metavar="SECONDS", help="lengths for again"
     )
     parser.add_argument("--repeat", type=int, help="of each length and of each change of address")
+    parser.add_argument("--down", type=float, default=5.0, help="seconds the gateway stays dead")
+    parser.add_argument("--page", type=Path, help="where the page is written")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     options.size = options.size or 0
@@ -616,26 +675,58 @@ def main() -> int:
     if unknown := [case for case in options.only if case not in CASES]:
         print(f"no case {unknown[0]!r}: there are {', '.join(CASES)}", file=sys.stderr)
         return 2
-    runs = {"cuts": cuts, "again": again, "address": address, "broker": broker}
-    work = Path(tempfile.mkdtemp(prefix="bench-outages-"))
-    rows: list[Row] = []
+    runs = {"cuts": cuts, "again": again, "address": address, "gateway": gateway, "broker": broker}
+    page: Path = options.page or (CACHE / "quick" if options.quick else DOCS) / "outages.md"
+    kept = page.with_suffix(".json")
+    known: Row = json.loads(kept.read_text()) if kept.exists() else {}
     failed = False
+    work = Path(tempfile.mkdtemp(prefix="bench-outages-"))
     try:
         for case in options.only or CASES:
             say(f"--- {case}")
+            SAID.clear()
             try:
-                rows += runs[case](work, options)
+                rows = runs[case](work, options)
             except LabError as exc:
                 failed = True
                 say(f"{case}: no figure: {exc}")
+                continue
+            known[case] = {
+                "machine": machine(),
+                "revision": revision(),
+                "arguments": sys.argv[1:],
+                "said": list(SAID),
+                "rows": rows,
+            }
+            page.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(known, indent=1) + "\n")
+            page.write_text(markdown(known))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    page = (CACHE / "quick" if options.quick else CACHE) / "outages.json"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        json.dumps({"machine": machine(), "revision": revision(), "rows": rows}, indent=1) + "\n"
-    )
     return 1 if failed else 0
+
+
+def markdown(known: Row) -> str:
+    about = __doc__.split("\n\n", 1)[1].strip()
+    out = [
+        "# Outages",
+        "",
+        "Written by `make bench-outages`: do not edit. Raw figures are in [outages.json](outages.json).",
+        "",
+        about,
+        "",
+        f"One site behind {RATE_BIT_S / 1e6:g} Mbit/s with {1000 * RTT_S:g} ms round trip and a queue of one product of both. "
+        "Figures of several runs: median (least–most).",
+    ]
+    for case in CASES:
+        if case not in known:
+            continue
+        row = known[case]
+        command = " ".join(("python -m benchmarks.outages", *row["arguments"]))
+        facts = "; ".join(row["machine"].values())
+        out += ["", f"## {case}", "", f"`{command}` at {row['revision']}, on {facts}.", ""]
+        out += ["```", *row["said"], "```"]
+    return "\n".join(out) + "\n"
 
 
 if __name__ == "__main__":
