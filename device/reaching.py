@@ -1,8 +1,9 @@
 """How the gateway is reached: by QUIC where UDP gets through, else over TLS on the TCP port of the same number.
 
 ``UdpVerdict`` decides and is pure: time is an argument. ``reach`` acts: it dials by QUIC, and where not a byte of an
-answer came for PATIENCE_S, over TLS as well; who first stands wins. UDP counts as blocked when TLS stood and QUIC had
-heard nothing; that is remembered for the network this machine is in, and UDP is tried again with growing pauses.
+answer came for PATIENCE_S, over TLS as well; who first stands wins. When TLS stood and QUIC had heard nothing, UDP is
+suspected only: after an outage whichever asks next stands first. A dial begun while TLS serves decides. Blocked is
+remembered for the network this machine is in, and UDP is tried again with growing pauses.
 """
 
 import asyncio
@@ -32,28 +33,39 @@ class UdpVerdict:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()  # noqa: S311  # spreads probes, guards nothing
         self._blocked: dict[str, tuple[float, float]] = {}
-        """Network to (when to probe, the pause before that)."""
+        """Network to (when to probe, the pause before that); no pause yet: suspected only."""
 
     def is_blocked(self, network: str) -> bool:
-        return network in self._blocked
+        known = self._blocked.get(network)
+        return known is not None and known[1] > 0
 
     def probe_at(self, network: str) -> float | None:
-        """When UDP is worth another try; None: it is not blocked."""
+        """When UDP is worth another try; None: nothing speaks against it."""
         known = self._blocked.get(network)
         return known[0] if known else None
 
+    def suspect(self, network: str, *, now: float) -> None:
+        """TLS stood first and nothing had come by UDP: it is to be tried at once."""
+        if not self.is_blocked(network):
+            self._remember(network, now, 0.0)
+
     def blocked(self, network: str, *, now: float) -> bool:
         """UDP got no answer while TLS did; True: that is news."""
-        known = self._blocked.pop(network, None)
-        pause = min(2 * known[1], MAX_PAUSE_S) if known else MIN_PAUSE_S
-        self._blocked[network] = (now + pause * self._rng.uniform(0.75, 1.25), pause)
+        known = self._blocked.pop(network, (0.0, 0.0))[1]
+        pause = min(2 * known, MAX_PAUSE_S) if known else MIN_PAUSE_S
+        self._remember(network, now + pause * self._rng.uniform(0.75, 1.25), pause)
+        return not known
+
+    def _remember(self, network: str, probe_at: float, pause: float) -> None:
+        self._blocked[network] = (probe_at, pause)
         while len(self._blocked) > MAX_NETWORKS:
             del self._blocked[next(iter(self._blocked))]
-        return known is None
 
     def open(self, network: str) -> bool:
         """UDP was answered; True: that is news."""
-        return self._blocked.pop(network, None) is not None
+        news = self.is_blocked(network)
+        self._blocked.pop(network, None)
+        return news
 
 
 class Dial(Protocol[T_co]):
@@ -80,16 +92,11 @@ async def reach(
             return await dial(over_tls=True, timeout_s=timeout_s)
         except EdgeSyncError as exc:
             logger.debug("the gateway by TLS at %s:%d: %s", *address, exc)
-    return await _race(verdict, network, address, dial, timeout_s, heard)
+    return await _race(verdict, network, dial, timeout_s, heard)
 
 
 async def _race(
-    verdict: UdpVerdict,
-    network: str,
-    address: tuple[str, int],
-    dial: Dial[T],
-    timeout_s: float,
-    heard: Callable[[], bool],
+    verdict: UdpVerdict, network: str, dial: Dial[T], timeout_s: float, heard: Callable[[], bool]
 ) -> T:
     loop = asyncio.get_running_loop()
     quic = asyncio.ensure_future(dial(over_tls=False, timeout_s=timeout_s))
@@ -109,8 +116,12 @@ async def _race(
                 verdict.open(network)
                 return quic.result()
             if tls in done and tls.exception() is None:
-                if not heard() and verdict.blocked(network, now=loop.time()):
-                    logger.warning("%s", sentence(address[1]))
+                if heard():
+                    pass  # slow, not blocked
+                elif verdict.is_blocked(network):
+                    verdict.blocked(network, now=loop.time())
+                else:
+                    verdict.suspect(network, now=loop.time())
                 return tls.result()
         return quic.result()
     finally:
@@ -134,7 +145,8 @@ async def probe(
     try:
         await dial()
     except EdgeSyncError:
-        verdict.blocked(network, now=loop.time())
+        if verdict.blocked(network, now=loop.time()):
+            logger.warning("%s", sentence(address[1]))
         return False
     if verdict.open(network):
         logger.warning("UDP to the gateway gets through again: using QUIC")

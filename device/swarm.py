@@ -136,6 +136,7 @@ class Swarm:
         self._gateway_problem = "not connected yet"
         self._gateway_at: tuple[str, int] | None = None
         self.udp = UdpVerdict()
+        self._udp_doubtful = asyncio.Event()
         self._prober: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -440,6 +441,7 @@ class Swarm:
             else:
                 if self._gateway is not None:
                     self._gateway_at = address
+                    self._udp_doubtful.set()
                     return
         raise error
 
@@ -456,7 +458,10 @@ class Swarm:
     async def _probe_udp(self) -> None:
         """While the gateway is reached over TLS, look now and then whether UDP gets through again."""
         while True:
-            await asyncio.sleep(PROBE_LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_LOOK_S):
+                    await self._udp_doubtful.wait()
+            self._udp_doubtful.clear()
             at, link = self._gateway_at, self._gateway
             if at is None or link is None or link.conn.carrier != "TLS" or self._endpoint is None:
                 continue

@@ -36,6 +36,14 @@ def test_few_networks_are_remembered() -> None:
     assert verdict.is_blocked("99")
 
 
+async def answered() -> None:
+    return None
+
+
+async def silent() -> None:
+    raise PeerTimeoutError("silence")
+
+
 class Dials:
     def __init__(self, quic: Exception | None, tls: Exception | None) -> None:
         self.outcome = {False: quic, True: tls}
@@ -67,9 +75,34 @@ async def test_what_quic_answered_is_not_asked_again_by_tls() -> None:
 async def test_silence_leads_to_tls_and_is_remembered() -> None:
     verdict = UdpVerdict()
     dials = Dials(PeerTimeoutError("silence"), None)
+    network = reaching.network_towards(WHERE)
     assert await reach(verdict, WHERE, dials, timeout_s=1) == "tls"
+    assert not verdict.is_blocked(network)
+    assert not await reaching.probe(verdict, WHERE, silent)
+    assert verdict.is_blocked(network)
     assert await reach(verdict, WHERE, dials, timeout_s=1) == "tls"
     assert dials.made == ["quic", "tls", "tls"]
+
+
+async def test_tls_that_was_first_after_an_outage_is_no_verdict_about_udp() -> None:
+    verdict = UdpVerdict()
+    network = reaching.network_towards(WHERE)
+    dials = Dials(PeerTimeoutError("silence"), None)
+    assert await reach(verdict, WHERE, dials, timeout_s=1) == "tls"
+    due = verdict.probe_at(network)
+    assert due is not None
+    assert due <= asyncio.get_running_loop().time()
+    assert await reaching.probe(verdict, WHERE, answered)
+    assert verdict.probe_at(network) is None
+
+
+def test_a_suspicion_does_not_shorten_a_verdict() -> None:
+    verdict = UdpVerdict()
+    assert verdict.blocked("net", now=0.0)
+    due = verdict.probe_at("net")
+    verdict.suspect("net", now=1.0)
+    assert verdict.probe_at("net") == due
+    assert not verdict.blocked("net", now=2.0)
 
 
 async def test_both_dead_is_no_verdict_about_udp() -> None:
@@ -84,12 +117,6 @@ async def test_a_probe_that_is_answered_ends_the_verdict() -> None:
     verdict = UdpVerdict()
     network = reaching.network_towards(WHERE)
     verdict.blocked(network, now=0.0)
-
-    async def answered() -> None:
-        return None
-
-    async def silent() -> None:
-        raise PeerTimeoutError("silence")
 
     assert not await reaching.probe(verdict, WHERE, silent)
     assert verdict.is_blocked(network)
