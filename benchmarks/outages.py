@@ -331,7 +331,7 @@ def _through(it: Bed, version: str, plan: list[tuple[str, float, float]]) -> Row
                 {
                     "seconds": up.at - before.at,
                     "again_s": again - up.at,
-                    "offered": up.offered - before.offered - (up.there - before.there),
+                    "offered": up.offered - before.offered,
                 }
             )
             say(f"  cut of {seconds:.1f} s at {share:.0%}: moves after {again - up.at:.2f} s")
