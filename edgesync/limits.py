@@ -143,6 +143,8 @@ MAX_REPORT_INTERVAL_S: Final = 3600
 MAX_COMMAND_LIFETIME_S: Final = 30 * 86_400
 MAX_CAPS: Final = 64
 """Ceilings one gateway announces: each device walks them once a minute at most."""
+MAX_BUDGETS: Final = 1024
+"""Sites with a budget: the daemon weighs each of them once a second for status."""
 MAX_CAPS_BYTES: Final = 48 * KIB
 MAX_CAP_TEXT_CHARS: Final = 160
 MIN_CAP_BYTES_S: Final = 8_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from gateway.commands import bundles, caps, devices, events, fleet, tokens
+from gateway.commands import budget, bundles, caps, devices, events, fleet, tokens
 from gateway.commands.options import open_data, open_store, parse_full
 
 
@@ -17,6 +17,7 @@ def mount(app: typer.Typer) -> None:
     app.add_typer(tokens.app, name="token")
     app.add_typer(devices.app, name="device")
     app.add_typer(caps.app, name="caps")
+    app.add_typer(budget.app, name="budget")
     app.add_typer(bundles.publish_app, name="publish")
     app.command("assign")(bundles.assign)
     app.command("unassign")(bundles.unassign)

@@ -36,6 +36,7 @@ from edgesync.wire.messages import Join, Joined, JoinRefused
 from gateway import catalogue, certificates, fleet, http
 from gateway.announcer import Announcement, Announcer
 from gateway.broker import EmbeddedBroker
+from gateway.budgets import SAVE_S, SiteBudgets
 from gateway.config import GatewaySettings, broker_urls
 from gateway.enrolment import Enrolment, Places
 from gateway.health import BEAT_S, MAX_LAG_S, Health, Parts
@@ -45,7 +46,7 @@ from gateway.mqtt_relay import MqttRelay
 from gateway.packs import PieceStore
 from gateway.register import Judge
 from gateway.seeder import Seeder
-from gateway.service import assignments, setup, status
+from gateway.service import assignments, budgets, setup, status
 from gateway.site import host_of
 from gateway.store import GatewayStore
 from gateway.throttles import Throttles
@@ -110,6 +111,7 @@ class Daemon:
         self._enrolment: Enrolment
         zone = caps.load_zone(settings.time_zone)
         limit = caps.parse(settings.upload_limit, zone, settings.time_zone)
+        self.budgets = SiteBudgets()
         self.throttles = Throttles([caps.Cap("gateway.toml", upload=limit)])
         self._reader = MomentReader()
         self._dirty = asyncio.Event()
@@ -188,6 +190,7 @@ class Daemon:
             self.broker_url,
             self._ingest.dropped,
             self.throttles,
+            self.budgets,
         )
         self.http = http.HttpServer(self.health.pages())
         await self.http.start(self.settings.listen_http.host, self.settings.listen_http.port)
@@ -229,6 +232,8 @@ class Daemon:
             await asyncio.gather(stopping, *tasks, return_exceptions=True)
             with contextlib.suppress(EdgeSyncError):
                 await self.writer(status.add_sent, self.seeder.take_sent())
+                self.seeder.count_budgets()
+                await self._save_budgets()
 
     def _open_tables(self, store: GatewayStore) -> None:
         self._ingest = Ingest(store)
@@ -252,6 +257,7 @@ class Daemon:
             register=self.moment.register,
             trusted=self.moment.trusted,
             throttles=self.throttles,
+            budgets=self.budgets,
         )
         stack.push_async_callback(seeder.close)
         return seeder
@@ -293,6 +299,10 @@ class Daemon:
         self.health.moment = self.moment
         self.judge.trusted = self.moment.trusted
         self.judge.register = self.moment.register
+        if before is None:
+            self.budgets.load(await self.writer(budgets.load_ledgers))
+        if before is None or before.budgets != self.moment.budgets:
+            self.budgets.update(self.moment.budgets)
         if before is None or before.caps != self.moment.caps:
             self.throttles.update(self.moment.caps.entries, utc_now=time.time())
         if before is None:
@@ -316,14 +326,19 @@ class Daemon:
 
     async def _watch(self) -> None:
         """Notice commits of other processes, and what our own ones asked to be told on."""
+        saved_at = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._dirty.wait()
             try:
                 self.throttles.follow(utc_now=time.time())
+                self.seeder.count_budgets()
                 if sent := self.seeder.take_sent():
                     await self.writer(status.add_sent, sent)
+                if time.monotonic() - saved_at >= SAVE_S:
+                    saved_at = time.monotonic()
+                    await self._save_budgets()
                 version = await self.writer(GatewayStore.data_version)
                 if version == self._version and not self._dirty.is_set():
                     continue
@@ -335,6 +350,10 @@ class Daemon:
                 self.health.problems["database"] = str(exc)
                 logger.error("%s", exc)  # noqa: TRY400 - the sentence says it all
                 await asyncio.sleep(BEAT_S)
+
+    async def _save_budgets(self) -> None:
+        if changed := self.budgets.take_changed():
+            await self.writer(budgets.save_ledgers, changed)
 
     async def _announcement(self) -> Announcement:
         return self.moment.announcement

@@ -13,6 +13,7 @@ from edgesync.io.mqtt import MqttLink
 from edgesync.transport.endpoint import Endpoint
 from gateway import http
 from gateway.broker import EmbeddedBroker
+from gateway.budgets import SiteBudgets
 from gateway.moment import Moment
 from gateway.seeder import Seeder
 from gateway.throttles import Throttles
@@ -36,6 +37,7 @@ class Parts:
     dropped: Counter[str]
     """Messages of devices that did not count, by reason."""
     throttles: Throttles
+    budgets: SiteBudgets
 
 
 class Health:
@@ -85,6 +87,7 @@ class Health:
                 *sorted(self.problems.values()),
                 *self.parts.endpoint.warnings(),
                 *self.parts.throttles.problems,
+                *self.parts.budgets.problems,
             ],
         }
 

@@ -174,3 +174,18 @@ def m002_caps(db: Database) -> None:
 def m003_reports_lost(db: Database) -> None:
     # Results a device dropped from its full outbox, as its state says: what the events here cannot tell.
     db.conn.execute("ALTER TABLE devices ADD COLUMN reports_lost INTEGER NOT NULL DEFAULT 0")
+
+
+@migrations()
+def m004_budgets(db: Database) -> None:
+    for statement in (
+        # Bytes for each calendar month that an operator allows between this gateway and a site.
+        """CREATE TABLE budgets (
+            site TEXT PRIMARY KEY,
+            limit_bytes INTEGER NOT NULL CHECK (limit_bytes > 0),
+            zone TEXT NOT NULL,
+            created REAL NOT NULL) WITHOUT ROWID""",
+        # What each site's months have spent, as edgesync.budget writes it; added to while it moves.
+        "CREATE TABLE budget_ledgers (site TEXT PRIMARY KEY, ledger TEXT NOT NULL) WITHOUT ROWID",
+    ):
+        db.conn.execute(statement)

@@ -15,7 +15,8 @@ from gateway import catalogue, fleet, register
 from gateway.announcer import Announcement
 from gateway.register import Register
 from gateway.repository import Repository
-from gateway.service import caps, setup
+from gateway.service import budgets, caps, setup
+from gateway.service.budgets import SiteBudget
 from gateway.service.caps import CapsNow
 from gateway.store import GatewayStore
 
@@ -30,6 +31,7 @@ class Moment:
     """The newest metadata, by name on the wire."""
     announcement: Announcement
     caps: CapsNow = field(default_factory=CapsNow)
+    budgets: tuple[SiteBudget, ...] = ()
 
     def members(self) -> set[PeerKey]:
         return {key for key, device in self.register.by_key.items() if device.state == "accepted"}
@@ -77,6 +79,7 @@ class MomentReader:
                 caps=caps_now,
             ),
             caps_now,
+            budgets.load(store),
         )
 
     def _read_sets(self, store: GatewayStore) -> None:

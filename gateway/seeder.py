@@ -9,6 +9,7 @@ piece by piece, so devices take turns; only durable pieces count as replicas.
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from random import Random
 from typing import Final
 
 import msgspec
+from msgspec import UNSET
 
 from edgesync import limits
+from edgesync.budget import Verdict
 from edgesync.errors import (
     EdgeSyncError,
     ErrorCode,
@@ -49,6 +52,7 @@ from edgesync.wire.messages import (
     Request,
     Versions,
 )
+from gateway.budgets import SiteBudgets
 from gateway.core import events as e
 from gateway.core.scheduler import Scheduler
 from gateway.packs import PieceStore
@@ -61,6 +65,10 @@ READ_THREADS: Final = 2
 SERVED_BUNDLES: Final = 16
 """Piece tables kept in memory: 3.6 MB each at most."""
 REFUSED_RETRY_S: Final = 30.0
+SPENT_RETRY_S: Final = 30.0
+"""A device at a site whose budget is spent asks again so often: it may have been raised."""
+CARRIED_FACTOR: Final = 1.05
+"""What a piece costs on the wire for each of its bytes."""
 SAMPLED_PIECES: Final = 256
 
 
@@ -78,6 +86,8 @@ class Served:
     digest: Digest
     finder: PieceFinder
     access: str
+    piece_bytes: int = limits.MIN_PIECE_AVERAGE_BYTES
+    """Average piece as it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,7 @@ class Seeder:
         register: Register,
         trusted: Trusted,
         throttles: Throttles | None = None,
+        budgets: SiteBudgets | None = None,
         rng: Random | None = None,
     ) -> None:
         self._pieces = pieces
@@ -108,6 +119,7 @@ class Seeder:
         self._register = register
         self._trusted = trusted
         self._throttles = throttles or Throttles()
+        self._budgets = budgets or SiteBudgets()
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(READ_THREADS, "seeder")
         self._served: OrderedDict[Digest, Served] = OrderedDict()
@@ -173,6 +185,21 @@ class Seeder:
     def totals(self) -> Totals:
         return Totals(self._bytes_out, self._pieces_out)
 
+    def count_budgets(self) -> None:
+        """What every session moved since the last call; called often."""
+        for conn in self._connections.values():
+            self._spend(conn)
+
+    def _site(self, key: PeerKey) -> str:
+        device = self._register.by_key.get(key)
+        return device.site if device is not None else "unknown"
+
+    def _spend(self, conn: PeerConnection) -> None:
+        self._budgets.count(conn, self._site(conn.peer.key), utc_now=time.time())
+
+    def _verdict(self, key: PeerKey) -> Verdict | None:
+        return self._budgets.verdict(self._site(key), utc_now=time.time())
+
     def controllers(self) -> dict[str, int]:
         """Sessions with devices by the congestion controller of what is sent."""
         found = Counter(conn.controller for conn in self._connections.values())
@@ -223,6 +250,8 @@ class Seeder:
 
     async def disconnected(self, conn: PeerConnection, error: EdgeSyncError) -> None:
         self._turns.pop(conn, None)
+        self._spend(conn)
+        self._budgets.forget(conn)
         if self._connections.get(conn.peer.key) is conn:
             del self._connections[conn.peer.key]
             del self._session_of[conn.peer.key]
@@ -270,7 +299,11 @@ class Seeder:
                 self._runner.feed(e.PiecesLost(key, digest, pieces))
             case LeaseRequest():
                 pieces = _in_range(message.unavailable, count)
-                self._runner.feed(e.LeaseAsked(key, digest, message.count, pieces))
+                verdict = self._verdict(key)
+                most = None
+                if verdict is not None:
+                    most = int(verdict.left_bytes / (CARRIED_FACTOR * served.piece_bytes))
+                self._runner.feed(e.LeaseAsked(key, digest, message.count, pieces, most))
 
     def _may_read(self, key: PeerKey, served: Served) -> bool:
         return served.access != "assigned" or self._register.is_assigned(key, served.digest)
@@ -281,6 +314,15 @@ class Seeder:
             return
         position = {source.device: at for at, source in enumerate(lease.sources)}
         position[e.GATEWAY] = -1
+        retry_s, reason = lease.retry_after_s, ""
+        verdict = self._verdict(lease.device)
+        served = self._served.get(lease.manifest)
+        if (
+            verdict is not None
+            and served is not None
+            and verdict.left_bytes < CARRIED_FACTOR * served.piece_bytes
+        ):
+            retry_s, reason = max(retry_s, SPENT_RETRY_S), verdict.reason[:200]
         message = Lease(
             manifest=bytes.fromhex(lease.manifest),
             grants=[
@@ -296,7 +338,8 @@ class Seeder:
                 for source in lease.sources
             ],
             deadline_ms=int(lease.deadline_s * 1000),
-            retry_after_ms=int(lease.retry_after_s * 1000),
+            retry_after_ms=int(retry_s * 1000),
+            reason=reason or UNSET,
         )
         assert self._endpoint is not None
         self._endpoint.spawn(_tell(conn, message), "lease")
@@ -337,7 +380,8 @@ class Seeder:
         step = max(1, len(finder) // SAMPLED_PIECES)
         sizes = self._pieces.sizes(finder.id_of(at) for at in range(0, len(finder), step))
         average = sum(sizes.values()) // max(1, len(sizes))
-        return Served(digest, finder, table.access), average or limits.MIN_PIECE_AVERAGE_BYTES
+        average = average or limits.MIN_PIECE_AVERAGE_BYTES
+        return Served(digest, finder, table.access, average), average
 
     async def serve(self, conn: PeerConnection, request: Request) -> AsyncIterator[PieceAnswer]:
         served = await self._serve_bundle(Digest(request.manifest.hex()))
@@ -362,9 +406,16 @@ class Seeder:
             )
 
         ahead: asyncio.Future[PieceAnswer] | None = read(pieces[0])
+        spent = False
         try:
             for position, piece in enumerate(pieces):
                 assert ahead is not None
+                self._spend(conn)
+                verdict = self._verdict(conn.peer.key)
+                if spent or (verdict is not None and not verdict.left_bytes):
+                    spent = True  # for the rest of this question, whatever is raised meanwhile
+                    yield PieceAnswer(piece, missing="busy")
+                    continue
                 answer = await ahead
                 ahead = read(pieces[position + 1]) if position + 1 < len(pieces) else None
                 if answer.missing is None:
@@ -392,8 +443,7 @@ class Seeder:
     def _count(self, key: PeerKey, size: int) -> None:
         self._bytes_out += size
         self._pieces_out += 1
-        device = self._register.by_key.get(key)
-        site = device.site if device is not None else "unknown"
+        site = self._site(key)
         self._sent[site] = self._sent.get(site, 0) + size
 
     # --- other questions (Handler)

@@ -187,6 +187,8 @@ def _print_status(now: dict[str, Any]) -> None:
         typer.echo(f"sessions {said}")
     for cap in now["caps"]:
         typer.echo(f"cap      {output.clean(cap['what'])} {output.clean(cap['text'])}")
+    for one in now["budgets"]:
+        typer.echo(f"budget   site {output.clean(one['site'])}: {one['text']}")
     if now["sites"]:
         output.print_table(
             ("SITE", "DEVICES", "SENT"),

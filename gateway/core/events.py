@@ -88,6 +88,8 @@ class LeaseAsked:
     manifest: Digest
     count: int
     unavailable: tuple[int, ...]
+    gateway_pieces: int | None = None
+    """The gateway itself may give so many, for a budget's sake; None: any number."""
 
 
 @dataclass(frozen=True, slots=True)

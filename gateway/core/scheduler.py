@@ -456,7 +456,11 @@ class Scheduler:
         covered = swarm.covered(event.device, self._devices, now=now)
         named: list[PeerKey] = []
         begged = self._begged(event, swarm, member, missing, named, now=now)
-        granted = self._from_gateway(swarm, member, missing & ~covered, count, now=now)
+        most = count
+        if event.gateway_pieces is not None:
+            begged = begged[: event.gateway_pieces]
+            most = min(count, max(0, event.gateway_pieces - len(begged)))
+        granted = self._from_gateway(swarm, member, missing & ~covered, most, now=now)
         grants = [Granted(piece, GATEWAY, GATEWAY) for piece in (*begged, *granted)]
         for piece in (*begged, *granted):
             member.leased |= 1 << piece

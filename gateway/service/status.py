@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gateway import fleet
 from gateway.repository import ONLINE_ROLES
-from gateway.service import setup
+from gateway.service import budgets, setup
 from gateway.service.devices import labels_of
 from gateway.store import GatewayStore
 
@@ -50,6 +50,7 @@ def read(store: GatewayStore, *, utc_now: float) -> dict[str, Any]:
         "broker": broker,
         "quic": runtime["quic"],
         "caps": runtime.get("caps", []),
+        "budgets": budgets.list_budgets(store, utc_now=utc_now),
         "devices": {
             state: counts[state] for state in ("accepted", "pending", "rejected", "online")
         },

@@ -166,3 +166,16 @@ def test_unknown_manifest_is_refused_politely() -> None:
     (lease,) = core.handle(e.LeaseAsked(A, Digest("f" * 64), 8, ()), now=0.0)
     assert not lease.grants
     assert lease.retry_after_s > 1
+
+
+def test_a_budget_bounds_what_the_gateway_gives_and_not_what_peers_do() -> None:
+    core = scheduler(A, B)
+    core.handle(e.PiecesHeld(A, M, tuple(range(16)), ()), now=0.0)
+    (given,) = core.handle(e.LeaseAsked(B, M, 20, (), 3), now=0.1)
+    assert len(from_gateway(given)) == 3
+    (given,) = core.handle(e.LeaseAsked(B, M, 8, (), 0), now=0.2)
+    assert not from_gateway(given)
+    assert {grant.primary for grant in given.grants} == {A}
+    # Nor by begging.
+    (given,) = core.handle(e.LeaseAsked(B, M, 8, tuple(range(16, 32)), 0), now=60.0)
+    assert not from_gateway(given)
