@@ -20,12 +20,15 @@ from edgesync.io.mqtt import MqttLink, Will
 from edgesync.wire import mqtt as wire
 from edgesync.wire import topics
 from gateway.service.caps import CapsNow
+from gateway.store import GatewayStore
 
 logger = logging.getLogger(__name__)
 
 COMMAND_LIFETIME_S: Final = 3600.0
 CAPS_LIFETIME_S: Final = 14 * 86_400.0
 """How long devices obey caps without hearing from the gateway; signed anew after half of it."""
+EPOCHS_RESERVED: Final = 1 << 24
+"""Connections of one run: a run takes its epochs from the database once, since a will is made without waiting."""
 PARALLEL: Final = 32
 """Retained messages on their way at a time, after a connect."""
 
@@ -62,15 +65,20 @@ class Announcer:
         read: Callable[[], Awaitable[Announcement]],
         quic: Callable[[], list[str]],
         next_commands: Callable[[list[str]], Awaitable[dict[str, int]]],
+        *,
+        first_epoch: int,
     ) -> None:
-        """``read`` asks the database; ``next_commands`` allocates a command sequence for each of these devices."""
+        """``read`` asks the database; ``next_commands`` allocates a command sequence for each of these devices.
+
+        ``first_epoch`` comes from ``reserve_epochs``.
+        """
         self._gateway = gateway
         self._identity = identity
         self._read = read
         self._quic = quic
         self._next_commands = next_commands
         self._said = _Said()
-        self._epoch = 0
+        self._epoch = first_epoch - 1
         self._caps: tuple[int, float, bytes] | None = None
         """Sequence, when it was signed, payload."""
         self._lock = asyncio.Lock()
@@ -78,7 +86,7 @@ class Announcer:
 
     def will(self) -> Will:
         """A new epoch for each connection; the will ends it."""
-        self._epoch = max(self._epoch + 1, int(time.time() * 1000))
+        self._epoch += 1
         gone = wire.Presence(
             gateway=self._gateway, epoch=self._epoch, online=False, issued=time.time()
         )
@@ -219,3 +227,18 @@ class Announcer:
             site=site[:64],
         )
         await self.link.publish(topics.peers(device), wire.seal(message, self._identity), qos=0)
+
+
+def reserve_epochs(store: GatewayStore, utc_now: float) -> int:
+    """The first presence epoch of this run: above every epoch of any run before, and no lower than unix milliseconds.
+
+    The clock is only a start for a new database. A gateway whose clock was once in 2099 counts on from there.
+    """
+    with store.atomic() as db:
+        row = store.one("SELECT next FROM presence_epoch")
+        first = max(row["next"] if row is not None else 0, int(utc_now * 1000))
+        db.conn.execute(
+            "INSERT OR REPLACE INTO presence_epoch (id, next) VALUES (1, ?)",
+            (first + EPOCHS_RESERVED,),
+        )
+    return first

@@ -34,7 +34,7 @@ from edgesync.wire import mqtt as wire
 from edgesync.wire import topics
 from edgesync.wire.messages import Join, Joined, JoinRefused
 from gateway import catalogue, certificates, fleet, http
-from gateway.announcer import Announcement, Announcer
+from gateway.announcer import Announcement, Announcer, reserve_epochs
 from gateway.broker import EmbeddedBroker
 from gateway.budgets import SAVE_S, SiteBudgets
 from gateway.config import GatewaySettings, broker_urls
@@ -170,6 +170,7 @@ class Daemon:
             self._announcement,
             self._quic_addresses,
             self._next_commands,
+            first_epoch=await self.writer(reserve_epochs, time.time()),
         )
         self.link = MqttLink(
             client_id=self.here.gateway_id,

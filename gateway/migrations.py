@@ -189,3 +189,11 @@ def m004_budgets(db: Database) -> None:
         "CREATE TABLE budget_ledgers (site TEXT PRIMARY KEY, ledger TEXT NOT NULL) WITHOUT ROWID",
     ):
         db.conn.execute(statement)
+
+
+@migrations()
+def m005_presence_epoch(db: Database) -> None:
+    # Every epoch below it may have been said: presence must never fall behind, whatever the clock says.
+    db.conn.execute(
+        "CREATE TABLE presence_epoch (id INTEGER PRIMARY KEY CHECK (id = 1), next INTEGER NOT NULL)"
+    )

@@ -27,6 +27,7 @@ from device.core.events import (
     GATEWAY,
     Announce,
     AskLease,
+    BytesMoved,
     CancelRequests,
     Completed,
     Dial,
@@ -54,6 +55,7 @@ from device.core.events import (
 )
 from device.core.peer_ranker import (
     BAD_HASHES_ALLOWED,
+    MAX_RTT_S,
     LIES_ALLOWED,
     MIN_ASKED_PIECES,
     PeerRanker,
@@ -68,7 +70,9 @@ from edgesync.rarity import mask_of, mask_of_bitfield, sample
 MAX_SOURCES: Final = 5
 """Peers asked at the same time; more would only queue at their upload slots."""
 LEASE_TIMEOUT_S: Final = 1.5
-"""A gateway that has not answered a lease request by then is left alone for a while."""
+"""A gateway that has not answered a lease request by then, and LEASE_ROUND_TRIPS, is left alone for a while."""
+LEASE_ROUND_TRIPS: Final = 3.0
+"""The answer's own, and a lost packet's."""
 EMPTY_LEASE_RETRY_S: Final = 0.3
 """Soonest next question after a lease that gave nothing from the gateway."""
 FIRST_SILENCE_S: Final = 2.0
@@ -181,7 +185,7 @@ class Download:
             times.append(stall)
         if self._gateway_up:
             if self._lease_asked_at is not None:
-                times.append(self._lease_asked_at + LEASE_TIMEOUT_S)
+                times.append(self._lease_asked_at + self._lease_patience_s())
             elif self._lease_useful():
                 times.append(self._lease_due(now=self._lease_at))
             elif self._left_bytes is None:
@@ -194,7 +198,7 @@ class Download:
         effects: list[DownloadEffect] = []
         match event:
             case GatewayUp(rtt_s):
-                self._gateway.rtt_s = rtt_s
+                self._gateway.rtt_s = min(rtt_s, MAX_RTT_S)
                 self._gateway_up = True
                 self._gateway_changed_at = now
                 self._lease_asked_at = None
@@ -230,6 +234,11 @@ class Download:
                     self.picker.remove_mask(peer, mask_of(pieces))
             case PieceArrived():
                 self._on_arrived(event, effects, now=now)
+            case BytesMoved(peer, carried_bytes, rtt_s):
+                moving = self.ranker.get(peer)
+                if moving is not None and moving.outstanding:
+                    moving.moved(carried_bytes, now=now)
+                    moving.rtt_s = min(rtt_s, MAX_RTT_S)
             case PieceFailed(source_key, piece, reason):
                 self._on_failed(source_key, piece, reason, effects, now=now)
             case PieceDropped(piece):
@@ -428,6 +437,9 @@ class Download:
             effects.append(CancelRequests(GATEWAY))
             self._leave_alone(GATEWAY, self._gateway, now=now)
 
+    def _lease_patience_s(self) -> float:
+        return LEASE_TIMEOUT_S + LEASE_ROUND_TRIPS * self._gateway.rtt_s
+
     def _gateway_stalls_at(self) -> float | None:
         stall = self._gateway.stalls_at()
         return (
@@ -584,7 +596,7 @@ class Download:
         if not self._gateway_up:
             return
         if self._lease_asked_at is not None:
-            if now < self._lease_asked_at + LEASE_TIMEOUT_S:
+            if now < self._lease_asked_at + self._lease_patience_s():
                 return
             if not self._lease_silences:
                 self._gateway_changed_at = now

@@ -29,12 +29,15 @@ FIRST_LONG_RATE_BYTES_S: Final = 1_000_000.0
 MIN_ASKED_PIECES: Final = 4
 MAX_ASKED_BYTES: Final = 8 * limits.MIB
 MIN_STALL_S: Final = 4.0
+SILENT_ROUND_TRIPS: Final = 4.0
 STALL_FACTOR: Final = 4.0
 """A source is a straggler when its next piece takes so many times what its goodput promises."""
 FIRST_STALL_FACTOR: Final = 1.5
 MAX_STALL_S: Final = 30.0
 SLOWEST_BYTES_S: Final = 16_000.0
 """Goodput assumed of a source that has not delivered yet."""
+ALIVE_BYTES_S: Final = 1_000.0
+"""Bytes that come at this rate keep a source, however long its pieces take: a cap may be 8 kB/s, a link 64 kbit/s."""
 FIRST_BACKOFF_S: Final = 2.0
 MAX_BACKOFF_S: Final = 60.0
 BAD_HASHES_ALLOWED: Final = 1
@@ -52,6 +55,8 @@ class Source:
     rate_bytes_s: float = 0.0
     progress_at: float = 0.0
     """Last arrival, or when the first answer could be here."""
+    alive_until: float = 0.0
+    """Until when the bytes of unfinished pieces that came vouch for it."""
     rtt_s: float = 0.0
     """Of the path to it, as the transport measures it; 0: not known."""
     dry: float = 1.0
@@ -118,8 +123,14 @@ class Source:
                 expected = STALL_FACTOR * length / self.rate_bytes_s
             else:
                 expected = FIRST_STALL_FACTOR * length / SLOWEST_BYTES_S
-            return self.progress_at + min(max(MIN_STALL_S, expected), MAX_STALL_S)
+            patience = max(MIN_STALL_S, SILENT_ROUND_TRIPS * self.rtt_s, expected)
+            return max(self.progress_at + min(patience, MAX_STALL_S), self.alive_until)
         return None
+
+    def moved(self, carried_bytes: int, *, now: float) -> None:
+        """Bytes of pieces that are not whole yet came."""
+        until = max(self.alive_until, now) + carried_bytes / ALIVE_BYTES_S
+        self.alive_until = min(until, now + MAX_STALL_S)
 
     def leave_alone(self, *, now: float, seconds: float | None = None) -> None:
         """Ask nothing of it for a while, longer each time nothing came in between."""

@@ -5,7 +5,7 @@ from edgesync.ids import DeviceId, Digest, GatewayId
 from edgesync.io.mqtt import Published
 from edgesync.wire import mqtt as wire
 from edgesync.wire import topics
-from gateway.announcer import Announcement, Announcer
+from gateway.announcer import EPOCHS_RESERVED, Announcement, Announcer, reserve_epochs
 
 HUB = GatewayId("hub")
 SMALL = b'{"manifest":1}'
@@ -39,7 +39,7 @@ class World:
         self.now = self.announcement()
         self.link = FakeLink()
         self.announcer = Announcer(
-            HUB, self.identity, self.read, lambda: ["gw:7443"], self.commands
+            HUB, self.identity, self.read, lambda: ["gw:7443"], self.commands, first_epoch=100
         )
         self.announcer.link = self.link
         self.sequence = 7
@@ -161,3 +161,16 @@ async def test_peers(world):
     world.link.log.clear()
     await world.announcer.tell_peers(DeviceId("cam-1"), [])
     assert world.link.log == []
+
+
+def test_presence_never_falls_behind_a_clock_that_was_wrong(register):
+    utc_2099, utc_2026 = 4_070_908_800.0, 1_790_000_000.0
+    right = reserve_epochs(register, utc_2026)
+    wrong = reserve_epochs(register, utc_2099)
+    mended = reserve_epochs(register, utc_2026)
+    assert right == int(utc_2026 * 1000)
+    assert wrong == int(utc_2099 * 1000)
+    assert mended == wrong + EPOCHS_RESERVED
+    first = wire.Presence(gateway=HUB, epoch=wrong + 5, online=True, issued=0.0)
+    second = wire.Presence(gateway=HUB, epoch=mended, online=True, issued=0.0)
+    assert wire.presence_supersedes(second, first)
