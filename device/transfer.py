@@ -26,6 +26,7 @@ from edgesync.transport.connection import PeerConnection, PieceAnswer
 logger = logging.getLogger(__name__)
 
 FLUSH_POLL_S: Final = 0.25
+MOVED_EVERY_S: Final = 1.0
 
 
 class Neighbourhood(Protocol):
@@ -69,6 +70,8 @@ class Transfer:
             self.core, self._perform, tick=e.Tick()
         )
         self._streams: dict[PeerKey, dict[asyncio.Task[None], None]] = {}
+        self._seen_bytes: dict[PeerKey, int] = {}
+        self._tell_moved_at = 0.0
         self._complete = asyncio.Event()
         self._failure: StorageError | None = None
         self._flushing: asyncio.Task[None] | None = None
@@ -116,8 +119,24 @@ class Transfer:
     async def _keep_flushing(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_POLL_S)
+            self._tell_moved()
             if self.staged.flush_due():
                 await self._flush()
+
+    def _tell_moved(self) -> None:
+        """Sources whose pieces take long are kept by the bytes that come."""
+        now = self._loop.time()
+        if now < self._tell_moved_at:
+            return
+        self._tell_moved_at = now + MOVED_EVERY_S
+        seen, self._seen_bytes = self._seen_bytes, {}
+        for source, streams in self._streams.items():
+            conn = self._around.source(source) if streams else None
+            if conn is None:
+                continue
+            total = self._seen_bytes[source] = conn.answer_bytes
+            if (moved := total - seen.get(source, total)) > 0:
+                self.feed(e.BytesMoved(source, moved))
 
     async def _flush(self) -> None:
         """One at a time and never broken off: what became durable is told, whoever stops waiting for it."""

@@ -55,8 +55,8 @@ from device.core.events import (
 )
 from device.core.peer_ranker import (
     BAD_HASHES_ALLOWED,
-    MAX_RTT_S,
     LIES_ALLOWED,
+    MAX_RTT_S,
     MIN_ASKED_PIECES,
     PeerRanker,
     Source,
@@ -234,11 +234,10 @@ class Download:
                     self.picker.remove_mask(peer, mask_of(pieces))
             case PieceArrived():
                 self._on_arrived(event, effects, now=now)
-            case BytesMoved(peer, carried_bytes, rtt_s):
+            case BytesMoved(peer, carried_bytes):
                 moving = self.ranker.get(peer)
                 if moving is not None and moving.outstanding:
                     moving.moved(carried_bytes, now=now)
-                    moving.rtt_s = min(rtt_s, MAX_RTT_S)
             case PieceFailed(source_key, piece, reason):
                 self._on_failed(source_key, piece, reason, effects, now=now)
             case PieceDropped(piece):

@@ -106,6 +106,14 @@ class PieceArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class BytesMoved:
+    """Parts of pieces came from a source, told now and then while it is asked: slow is not dead."""
+
+    source: PeerKey
+    carried_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PieceFailed:
     source: PeerKey
     piece: int
@@ -147,6 +155,7 @@ DownloadEvent = (
     | PeerHave
     | PeerLost
     | PieceArrived
+    | BytesMoved
     | PieceFailed
     | PieceDropped
     | PiecesDurable

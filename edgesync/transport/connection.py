@@ -118,7 +118,8 @@ class PeerConnection:
         self._handler = handler
         self._control = control
         self._questions = asyncio.Semaphore(limits.MAX_REQUESTS_PER_CONNECTION)
-        self._asking = 0
+        self._asking: dict[Stream, None] = {}
+        self._answered_bytes = 0
         self._peer: PeerIdentity | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._started = asyncio.Event()
@@ -169,7 +170,12 @@ class PeerConnection:
     @property
     def wanted(self) -> bool:
         """Whether anything is open that silence should not end."""
-        return self.keep_alive or self._asking > 0 or bool(self._running)
+        return self.keep_alive or bool(self._asking) or bool(self._running)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes that came on the streams this side opened, of unfinished answers too."""
+        return self._answered_bytes + sum(stream.received for stream in self._asking)
 
     def established(self, facts: sessions.Established) -> None:
         self._peer = facts.peer
@@ -286,7 +292,7 @@ class PeerConnection:
         """A stream with one question on it; a peer that breaks the rules on it is dropped."""
         async with self._questions:
             stream = self._link.open_stream()
-            self._asking += 1
+            self._asking[stream] = None
             try:
                 stream.write(frame, end=True)
                 yield stream
@@ -296,7 +302,8 @@ class PeerConnection:
                     await self.close(exc.code, str(exc), error=exc)
                 raise
             finally:
-                self._asking -= 1
+                del self._asking[stream]
+                self._answered_bytes += stream.received
                 self._link.forget(stream)
 
     async def close(

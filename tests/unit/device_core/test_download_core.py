@@ -1,5 +1,7 @@
 import random
 
+import pytest
+
 from device.core import events as e
 from device.core.download import (
     CARRIED_FACTOR,
@@ -110,6 +112,36 @@ def test_straggler_is_replaced() -> None:
     effects = core.handle(e.Tick(), now=60.0)
     assert e.CancelRequests(A) in effects
     assert asked
+
+
+@pytest.mark.parametrize("source", [A, e.GATEWAY])
+def test_bytes_that_move_keep_a_slow_source_and_a_trickle_does_not(source: PeerKey) -> None:
+    for bytes_s, kept in ((8_000, True), (20, False)):
+        core = download(4)
+        if source == e.GATEWAY:
+            core.handle(e.GatewayUp(2.0), now=0.0)
+            core.handle(lease(*range(4)), now=0.1)
+        else:
+            core.handle(e.PeerJoined(source), now=0.0)
+            core.handle(e.PeerBitfield(source, 0b1111), now=0.0)
+        assert core.ranker[source].outstanding
+        effects = []
+        for second in range(1, 200):
+            effects += core.handle(e.BytesMoved(source, bytes_s), now=float(second))
+            effects += core.handle(e.Tick(), now=second + 0.5)
+        assert (e.CancelRequests(source) not in effects) is kept
+        effects = core.handle(e.Tick(), now=300.0)
+        assert (e.CancelRequests(source) in effects) is kept  # silence ends it in any case
+
+
+def test_an_answer_to_a_lease_may_take_its_round_trips() -> None:
+    core = download(4)
+    asked = core.handle(e.GatewayUp(2.0), now=0.0)
+    assert any(isinstance(effect, e.AskLease) for effect in asked)
+    core.handle(e.Tick(), now=5.0)
+    assert "unreachable" not in core.explain(now=5.0)
+    core.handle(e.Tick(), now=8.0)
+    assert "unreachable" in core.explain(now=8.0)
 
 
 def test_unreachable_pieces_are_told_to_the_gateway() -> None:
