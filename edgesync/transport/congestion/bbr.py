@@ -23,7 +23,7 @@ from aioquic.quic.packet_builder import QuicSentPacket
 
 from edgesync import limits
 from edgesync.transport.congestion.base import CongestionController, CongestionStatus
-from edgesync.transport.congestion.coexistence import CLEAR_GAIN, CLEAR_S, Coexistence, Round
+from edgesync.transport.congestion.coexistence import Coexistence, Round
 from edgesync.transport.congestion.delivery_rate import DeliveryRate, MaxFilter, RateSample
 from edgesync.transport.congestion.pacer import Pacer
 
@@ -158,6 +158,8 @@ class BbrController(CongestionController):
         self._lossy_rounds = 0
         self._sharing = Coexistence()
         self._share_test_at = now
+        self._suspects = False
+        self._tested_packets = 0.0
         self._valve = 1.0
         self._pacing = INITIAL_RATE_PACKETS_S * HIGH_GAIN * self.max_datagram_size
         self.congestion_window = INITIAL_PACKETS[0] * self.max_datagram_size
@@ -322,12 +324,14 @@ class BbrController(CongestionController):
                 self._full_rounds += 1
             overflows = share > STARTUP_LOSS and lost_packets > STARTUP_LOSS_PACKETS
             self._is_full = self._full_rounds >= STARTUP_FULL_ROUNDS or overflows
+        packets = (delivered + lost) // self.max_datagram_size
+        seen = Round(rtt, self._min_rtt, packets, lost_packets)
         if self._state in {State.PROBE_BW, State.SHARING}:
             self._judge(share, lost_packets)
-            packets = (delivered + lost) // self.max_datagram_size
-            seen = Round(rtt, self._min_rtt, packets, lost_packets)
             in_flight = self.bytes_in_flight / self.max_datagram_size
             self._sharing.on_round(seen, in_flight_packets=in_flight, now=now)
+        elif self._state is State.STARTUP:
+            self._sharing.on_startup_round(seen)
 
     def _judge(self, share: float, lost_packets: int) -> None:
         """The valve: harm that lasts ``VALVE_ROUNDS`` rounds closes it by a step each round, its absence opens it."""
@@ -352,19 +356,20 @@ class BbrController(CongestionController):
             self._advance_phase(now)
         if self._state is State.PROBE_RTT:
             self._advance_probe_rtt(now)
-        elif (
-            self._min_rtt < math.inf
-            and not self._rate.is_app_limited
-            and (
-                now >= self._share_test_at
-                if self._state is State.SHARING
-                else now - self._min_rtt_at > MIN_RTT_WINDOW_S
-            )
-        ):
+        elif self._min_rtt < math.inf and not self._rate.is_app_limited and self._wants_probe(now):
+            self._tested_packets = self.bytes_in_flight / self.max_datagram_size
             self._state = State.PROBE_RTT
             self._probe_rtt_window = self._half_product()
             self._probe_rtt_ends = None
             self._probe_rtt_best = math.inf
+
+    def _wants_probe(self, now: float) -> bool:
+        """Whether to hold back now: to see the shortest round trip again, or whose queue it is that stands."""
+        if self._state is State.SHARING:
+            self._suspects = True
+            return now >= self._share_test_at
+        self._suspects = self._state is State.PROBE_BW and self._sharing.is_suspected(now)
+        return self._suspects or now - self._min_rtt_at > MIN_RTT_WINDOW_S
 
     def _enter_probe_bw(self, now: float) -> None:
         self._state = State.PROBE_BW
@@ -397,7 +402,7 @@ class BbrController(CongestionController):
                 self._probe_rtt_ends = now + PROBE_RTT_S
                 self._probe_rtt_round = self._round + 1
         elif now >= self._probe_rtt_ends and self._round >= self._probe_rtt_round:
-            self._take_probed_rtt()
+            self._take_probed_rtt(now)
             self._min_rtt_at = now
             self._share_test_at = now + SHARE_TEST_S
             if self._sharing.is_active:
@@ -407,15 +412,20 @@ class BbrController(CongestionController):
             else:
                 self._state = State.STARTUP
 
-    def _take_probed_rtt(self) -> None:
+    def _take_probed_rtt(self, now: float) -> None:
         best = self._probe_rtt_best
         if best == math.inf:
             return
-        if not self._sharing.is_active:
+        if not self._suspects:
             self._min_rtt = best
-        elif best <= max(CLEAR_GAIN * self._min_rtt, self._min_rtt + CLEAR_S):
-            self._sharing.leave()  # the queue went as we held back: it was ours
-        else:
+            return
+        self._sharing.on_tested(
+            rtt_s=best,
+            min_rtt_s=self._min_rtt,
+            in_flight_packets=self._tested_packets,
+            now=now,
+        )
+        if self._sharing.is_active:
             # others' queue, or a longer route: believe the latter little by little
             self._min_rtt = min(best, self._min_rtt * SHARE_RTT_GROWTH)
 
@@ -432,7 +442,7 @@ class BbrController(CongestionController):
 
     def _half_product(self) -> int:
         bdp = self._bdp()
-        if self._sharing.is_active and self._min_rtt < math.inf:
+        if self._suspects and self._min_rtt < math.inf:
             # the largest rate of ten rounds is stale when the link became slower, and those rounds are long
             bdp = min(bdp, self._latest_rate * max(self._min_rtt, RTT_FLOOR_S))
         return max(MIN_WINDOW_PACKETS * self.max_datagram_size, int(PROBE_RTT_GAIN * bdp))

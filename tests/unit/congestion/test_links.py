@@ -128,6 +128,26 @@ def test_beside_cubic_neither_starves(queue: int) -> None:
     assert share(ours, link, 10, 40) >= 0.2
 
 
+@pytest.mark.parametrize("loss", [0.01, 0.02, 0.05])
+def test_a_path_with_random_loss_is_not_handed_to_cubics_window(loss: float) -> None:
+    # delays that wander for seconds are what a busy machine at either end looks like
+    link = replace(LOSSY, loss=loss)
+    model = LinkModel(link, seed=SEED)
+    controller = BbrController(max_datagram_size=SIZE, rng=random.Random(SEED))
+    flow = Flow(model, controller)
+    chance = random.Random(SEED)
+    at = 1.0
+    while at < 30.0:
+        model.change(at, delay_s=chance.choice([0.05, 0.07, 0.09, 0.12]))
+        at += chance.uniform(0.1, 1.5)
+    states = set()
+    for tenth in range(300):
+        model.run(tenth / 10)
+        states.add(controller.status().state)
+    assert "sharing" not in states
+    assert share(flow, link, 0, 30) >= 0.85
+
+
 @pytest.mark.parametrize("queue", [1, 4])
 def test_two_share_evenly(queue: int) -> None:
     link = replace(LOSSY, queue_bytes=queue * 250_000)
