@@ -29,6 +29,7 @@ from device.installer import Installer
 from device.joining import Membership
 from device.memory import give_back
 from device.metadata import Check, Metadata
+from device.orders import Orders
 from device.outbox import Outbox
 from device.reading_rights import ReadingRights
 from device.state import StateDatabase
@@ -36,6 +37,7 @@ from device.swarm import Swarm
 from device.telemetry import Telemetry
 from device.trust_store import TrustStore
 from edgesync import __version__, config, limits
+from edgesync.assignment import Entry
 from edgesync.budget import SPENT, Verdict
 from edgesync.cli.errors import run as run_command
 from edgesync.config import HostPort, parse_host_port
@@ -43,7 +45,6 @@ from edgesync.errors import (
     ConfigError,
     EdgeSyncError,
     NotAuthorizedError,
-    RollbackRefusedError,
     StorageError,
 )
 from edgesync.ids import Digest, PeerKey
@@ -81,7 +82,6 @@ class Agent:
         self._notes: dict[str, str] = {}
         self._pending = False
         self._gateway_epoch = 0
-        self._refused_assignment: bytes | None = None
         self._asked_versions_at = -ASK_VERSIONS_S
         self._swarm: Swarm
         self._tell_lost: Callable[[Digest, int], None] | None = None
@@ -231,6 +231,11 @@ class Agent:
             on_change=self._execution_changed,
         )
         stack.push_async_callback(self._installer.close)
+        self._orders = Orders(
+            accept=self._accept_assignments,
+            want=self._installer.want,
+            make_room=self._store.release_reserve,
+        )
         self._loop = asyncio.get_running_loop()
         self._tell_lost = self._swarm.lost
         self._telemetry = Telemetry(
@@ -356,6 +361,12 @@ class Agent:
 
     async def assignment_offered(self, data: bytes) -> None:
         """Raises EdgeSyncError: refused, or not stored; ``assignment_refused`` then keeps it for another try."""
+        await self._orders.offered(data)
+
+    def assignment_refused(self, data: bytes, error: EdgeSyncError) -> None:
+        self._orders.refused(data, error)
+
+    async def _accept_assignments(self, data: bytes) -> tuple[Entry, ...]:
         accepted = await self._in_storage(
             functools.partial(
                 self._trust_store.accept_assignments,
@@ -365,30 +376,12 @@ class Agent:
                 device_key=self._identity.key,
             )
         )
-        self._notes.pop("assignment", None)
-        self._refused_assignment = None
-        self._installer.want(accepted.entries)
-
-    def assignment_refused(self, data: bytes, error: EdgeSyncError) -> None:
-        """Say why, and try again: the disk gets room, the clock right, the signer known."""
-        self._notes["assignment"] = f"an assignment cannot be taken now: {error}"
-        self._refused_assignment = data
-        if isinstance(error, StorageError):
-            self._store.release_reserve()
+        return accepted.entries
 
     async def _keep_assignments(self) -> None:
         while True:
             await asyncio.sleep(ASSIGNMENT_RETRY_S)
-            data = self._refused_assignment
-            if data is None:
-                continue
-            try:
-                await self.assignment_offered(data)
-            except RollbackRefusedError:
-                self._refused_assignment = None  # a newer one was taken meanwhile
-                self._notes.pop("assignment", None)
-            except EdgeSyncError as exc:
-                self.assignment_refused(data, exc)
+            await self._orders.try_again()
 
     async def caps_told(self, message: mqtt.Caps) -> None:
         await self._caps.heard(message)
@@ -609,8 +602,7 @@ class Agent:
             )
         problems += self._endpoint.warnings()
         link = self._telemetry.link.status()
-        if self._metadata.problem:
-            problems.append(self._metadata.problem)
+        problems += filter(None, (self._orders.problem, self._metadata.problem))
         problems += filter(None, (self._swarm.carrier_problem(), link.detour))
         problems += [str(problem) for problem in self._metadata.trusted.problems]
         problems += self._caps.problems
