@@ -27,6 +27,8 @@ SLICE = 1 << 18
 MB = 1_000_000
 HEADERS = 39
 """Bytes of a 1-RTT datagram that are not payload."""
+FOUND = 8952
+"""Not given: what path MTU discovery comes to over loopback."""
 PEERS = Path(__file__).with_name("_quic_peers.py")
 
 
@@ -50,10 +52,13 @@ CASES = (
     Case("stock aioquic", "aioquic", megabytes=30),
     Case("bare, no offload", "bare", megabytes=100, options="plain"),
     Case("bare, GSO/GRO", "bare", megabytes=150),
+    Case("bare, 1200 B, GSO/GRO", "bare", datagram=1200, megabytes=100),
     Case("bare, lan class", "bare", megabytes=100, options="cc=lan"),
     Case("bare, stock's reno", "bare", megabytes=100, options="cc=reno"),
     Case("bare, ChaCha20, GSO/GRO", "bare", megabytes=100, options="chacha"),
     Case("pieces, GSO/GRO", "pieces", megabytes=100),
+    Case("pieces, 1200 B, GSO/GRO", "pieces", datagram=1200, megabytes=100),
+    Case("pieces, size found", "pieces", datagram=FOUND, megabytes=100),
     Case("qh3", "qh3", megabytes=60),
     Case("TLS over TCP", "tls", megabytes=200),
     Case("stock aioquic x 4", "aioquic", megabytes=32, connections=4),
@@ -69,6 +74,8 @@ BARS = (
     ("bare, GSO/GRO", "qh3", 2.0),
     ("bare x 4, GSO/GRO", "stock aioquic x 4", 4.0),
     ("bare, 8900 B, GSO/GRO", "TLS over TCP", 0.7),
+    ("bare, GSO/GRO", "bare, 1200 B, GSO/GRO", 1.0),
+    ("pieces, size found", "pieces, 1200 B, GSO/GRO", 1.0),
     ("bare, lan class", "bare, stock's reno", 1.0),
     ("bare, lan class", "stock aioquic", 1.0),
 )
@@ -131,6 +138,13 @@ class Owner:
     def link_closed(self, link: Any, error: Any) -> None: ...
 
 
+def hold_size(link: Any, datagram: int) -> None:
+    """Datagrams of so many bytes; FOUND leaves it to the path."""
+    if datagram != FOUND:
+        link.quic.mtu.hold(datagram)
+        link.quic.set_datagram_size(datagram)
+
+
 async def serve_bare(datagram: int, options: str) -> None:
     block = os.urandom(SLICE)
     tasks: set[asyncio.Task[None]] = set()
@@ -139,7 +153,7 @@ async def serve_bare(datagram: int, options: str) -> None:
     async def answer(link: Any, stream: Any) -> None:
         size = int.from_bytes(await stream.read_exactly(8), "big")
         began.append(time.process_time())
-        link.quic.set_datagram_size(datagram)
+        hold_size(link, datagram)
         for option in options.split(","):
             if option.startswith("rate="):
                 link.quic.controller.set_rate_cap(float(option[5:]))
@@ -236,7 +250,7 @@ async def serve_pieces(datagram: int) -> None:
         handler.shelf.put(data)
 
     def widen(conn: Any) -> None:
-        conn._link.quic.set_datagram_size(datagram)
+        hold_size(conn._link, datagram)
 
     say(port=endpoint.port)
     conn = await handler.connections.get()

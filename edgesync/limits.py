@@ -59,6 +59,8 @@ MAX_HANDSHAKE_S: Final = 30.0
 """Longest handshake, whatever round-trip time the other side makes the path look like and however often it speaks."""
 MAX_SILENCE_S: Final = 60.0
 """Longest silence on a path, however long its round trips: a peer that delays its ACKs is held no longer."""
+MAX_DATAGRAM_BYTES: Final = 8952
+"""Longest UDP payload tried on a path (jumbo frames): a batch of longer ones would need buffers for nothing."""
 MAX_PATH_WINDOW_BYTES: Final = 16 * MIB
 """Most bytes in flight on a path: a peer that acknowledges what it has not received raises the window no further."""
 MAX_PATH_RATE_BYTES_S: Final = 1_250_000_000.0

@@ -41,6 +41,7 @@ from edgesync.ids import PeerKey
 from edgesync.io.broker_url import BrokerAddress, parse_broker_url
 from edgesync.io.proxy import ProxySettings, open_tunnel
 from edgesync.io.proxy import connect as connect_tcp
+from edgesync.io.tcp import connect_in_short_segments
 from edgesync.io.tls import load_identity
 from edgesync.wire.topics import Kind, Topic, check_size, parse
 
@@ -646,11 +647,14 @@ class MqttLink:
         paho = client._client  # noqa: SLF001  see the check at import
         paho.connect_timeout = self.config.connect_timeout_s
         proxy = self._proxies.towards(host)
-        if proxy is not None:
-            tunnel = functools.partial(
-                open_tunnel, proxy, host, port, timeout_s=self.config.connect_timeout_s
-            )
-            paho._create_socket_connection = tunnel  # type: ignore[method-assign]  # noqa: SLF001
+        reach = (
+            functools.partial(connect_in_short_segments, host, port)
+            if proxy is None
+            else functools.partial(open_tunnel, proxy, host, port)
+        )
+        paho._create_socket_connection = functools.partial(  # type: ignore[method-assign]  # noqa: SLF001
+            reach, timeout_s=self.config.connect_timeout_s
+        )
         receive = paho._sock_recv  # noqa: SLF001
 
         def receive_capped(bufsize: int) -> bytes:

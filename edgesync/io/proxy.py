@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from edgesync import limits
 from edgesync.errors import PeerBusyError, PeerTimeoutError, PeerUnreachableError
+from edgesync.io.tcp import connect_in_short_segments
 
 NONE: Final = "none"
 DEFAULT_PORT: Final = 3128
@@ -114,7 +115,7 @@ def is_through(proxy: Proxy, answer: bytes) -> bool:
 def open_tunnel(proxy: Proxy, host: str, port: int, *, timeout_s: float) -> socket.socket:
     """Blocking: a socket that leads to ``host``. Raises OSError, PeerUnreachableError."""
     request = connect_request(proxy, host, port)
-    sock = socket.create_connection((proxy.host, proxy.port), timeout_s)
+    sock = connect_in_short_segments(proxy.host, proxy.port, timeout_s=timeout_s)
     try:
         sock.sendall(request)
         answer = b""

@@ -563,12 +563,15 @@ class Endpoint:
         A peer that was killed leaves a session that looks open: nothing comes, and what is sent is lost.
         """
         wanted_since: dict[PeerConnection, float] = {}
+        roams = self.switchboard.socket.is_wildcard
         while True:
             await asyncio.sleep(KEEP_ALIVE_S / 2)
             now = self._loop.time()
             wanted = {c: link for c, link in self._connections.items() if c.wanted}
             wanted_since = {c: wanted_since.get(c, now) for c in wanted}
             for connection, link in wanted.items():
+                if roams and isinstance(link, Link):
+                    link.check_source()
                 silent = now - max(link.last_received, wanted_since[connection])
                 if silent >= silence_s(DEAD_AFTER_S, link.smoothed_rtt()):
                     link.close(

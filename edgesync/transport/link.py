@@ -7,6 +7,7 @@ Event loop only.
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -31,6 +32,8 @@ from edgesync.errors import (
 from edgesync.peer.session import error_from_code, printable
 from edgesync.transport.congestion.choice import PathController
 from edgesync.transport.flow import Budget
+from edgesync.transport.interfaces import Way, source_towards
+from edgesync.transport.pmtud import BASE_BYTES
 from edgesync.transport.quic import BoundedQuicConnection
 from edgesync.transport.streams import LinkOwner, Stream
 from edgesync.transport.udp import Address
@@ -48,6 +51,8 @@ MAX_ACK_THINNING: Final = 4
 """With so many links, or more, at a time each acknowledges that much more rarely."""
 SHORT_PATH_RTT_S: Final = 0.005
 """Below, what limits a transfer is the receiver's socket, and windows are capped."""
+LOOK_S: Final = 10.0
+"""How long what the interfaces say of a path holds while nothing says otherwise."""
 MAX_BURSTS: Final = 8
 """Calls to the engine before the loop looks at what arrived."""
 _NO_APPLICATION_PROTOCOL: Final = QuicErrorCode.CRYPTO_ERROR + 120
@@ -116,6 +121,11 @@ class Link:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self.connection_ids: set[bytes] = set()
+        self._source = ""
+        self._look_at = 0.0
+        quic.probe_done = self._probe_done
+        quic.path_moved = self._path_moved
+        self._look_at_path(self.loop.time())
 
     def __repr__(self) -> str:
         return f"<Link {'to' if self.dialed else 'from'} {self.address[0]}:{self.address[1]}>"
@@ -186,6 +196,8 @@ class Link:
         return max(limits.SEND_BACKLOG_BYTES, min(limits.MAX_SEND_AHEAD_BYTES, share))
 
     def starts_draining(self, stream: Stream) -> None:
+        if not self.draining:
+            self._want_size()
         self.draining.add(stream)
         sending = self._switchboard.sending
         sending[self] = None
@@ -227,6 +239,69 @@ class Link:
         if limit - self.quic.connection_limit() >= self._window // 4:
             self.quic.set_connection_limit(limit)
             self.transmit_soon()
+
+    # --- the path
+
+    @property
+    def datagram_size(self) -> int:
+        """UDP payload of full datagrams, in bytes."""
+        return self.quic.datagram_size
+
+    def _look_at_path(self, now: float) -> Way | None:
+        """What the interfaces say of it: near or far, and from where packets leave."""
+        self._look_at = now + LOOK_S
+        way = self._switchboard.interfaces.way(self.current_address or self.address, now)
+        if way is not None:
+            self._source = way.source
+            controller = self.quic.controller
+            if isinstance(controller, PathController):
+                controller.set_near(way.near, now)
+        return way
+
+    def _want_size(self) -> None:
+        """A transfer begins: find out, if it is not known, how long its datagrams may be."""
+        now = self.loop.time()
+        if now >= self._look_at or self.quic.mtu.ceiling == BASE_BYTES:
+            way = self._look_at_path(now)
+            if way is not None:
+                self.quic.mtu.begin(way.payload, now)
+        self._search_size(now)
+
+    def _search_size(self, now: float) -> None:
+        size = self.quic.mtu.next_probe(now)
+        if size is not None:
+            self.quic.send_probe(size)
+            self.transmit_soon()
+
+    def _probe_done(self, size: int, arrived: bool) -> None:
+        self.quic.mtu.probed(size, arrived, self.loop.time())
+
+    def _follow_size(self) -> None:
+        if self.quic.mtu.size != self.quic.datagram_size:
+            log.debug("%r: datagrams of %d bytes from now on", self, self.quic.mtu.size)
+            self.quic.set_datagram_size(self.quic.mtu.size)
+            self.transmit_soon()
+
+    def _path_moved(self) -> None:
+        self._switchboard.interfaces.forget()
+        self._look_at_path(self.loop.time())
+        if self.draining:
+            self._want_size()
+
+    def check_source(self) -> None:
+        """Tell the peer at once where packets come from now, if that changed.
+
+        A peer that only receives would say nothing, and what is sent to it would go to where it was.
+        """
+        if self.error is not None or not self.handshake_complete:
+            return
+        source = source_towards(self.current_address)
+        if source is None or source == self._source:
+            return
+        log.info("%r: this machine's address is %s now, it was %s", self, source, self._source)
+        self._source = source
+        self.quic.path_changed(self.loop.time())
+        self.ping()
 
     # --- streams
 
@@ -281,6 +356,10 @@ class Link:
         crowd = min(batch_links, MAX_ACK_THINNING)
         self.quic.acknowledge_soon(now, PROMPT_ACK_PACKETS * crowd)
         self._process_events()
+        if self.error is None:
+            self._follow_size()
+            if self.draining:
+                self._search_size(now)
         self._wake_writers()
 
     def _wake_writers(self) -> None:
@@ -301,6 +380,9 @@ class Link:
                     PeerUnreachableError(f"the address cannot be reached: {trouble.strerror}")
                 )
                 return
+            if trouble is not None and trouble.errno == errno.EMSGSIZE:
+                self.quic.mtu.refused(max(len(data) for data, _ in datagrams), now)
+                self._follow_size()
             if self.quic.closing() or self._switchboard.socket.blocked:
                 break
             now = self.loop.time()
@@ -335,6 +417,8 @@ class Link:
             self._process_events()
             if self.error is not None:
                 return
+            self.quic.mtu.timeouts(self.quic.timeouts(), now)
+            self._follow_size()
         self.transmit(now)
 
     def _process_events(self) -> None:

@@ -44,9 +44,10 @@ from edgesync import limits
 from edgesync.transport import ciphers
 from edgesync.transport.congestion.base import CongestionController
 from edgesync.transport.congestion.choice import create_controller
+from edgesync.transport.pmtud import BASE_BYTES, PathMtu
 from edgesync.wire.messages import ALPN, ALPN_JOIN
 
-DATAGRAM_BYTES: Final = 1200
+DATAGRAM_BYTES: Final = BASE_BYTES
 CONNECTION_ID_BYTES: Final = 8
 DEFAULT_CONTROLLER: Final = "auto"
 """Until the path's class is known."""
@@ -217,6 +218,10 @@ class BoundedQuicConnection(QuicConnection):
     ) -> None:
         """``congestion``: one of ``controller_names.SETTINGS``."""
         super().__init__(**kwargs)
+        self.mtu = PathMtu()
+        """How long datagrams may be on the path; the link acts on it."""
+        self._probes: list[int] = []
+        """Sizes of datagrams that were asked for with ``send_probe``."""
         self._streams = _Streams()
         for limit, value in (
             (self._local_max_streams_bidi, peer_streams),
@@ -308,6 +313,22 @@ class BoundedQuicConnection(QuicConnection):
         """Longest UDP payload from now on; what was sent already is cut anew only if it is lost."""
         self._max_datagram_size = size
         self.controller.resize(size)
+
+    def path_changed(self, now: float) -> None:
+        """One end has another IP address: what was learned of the path is of another one."""
+        self.controller.on_path_change(now)
+        self.mtu.reset()
+        self._probes.clear()
+        self.set_datagram_size(self.mtu.size)
+        if self.path_moved is not None:
+            self.path_moved()
+
+    path_moved: Callable[[], None] | None = None
+    """Told that the path is another one."""
+
+    def timeouts(self) -> int:
+        """Probe timeouts (PTO) in a row without an answer."""
+        return self._loss._pto_count  # noqa: SLF001
 
     controller: CongestionController
 

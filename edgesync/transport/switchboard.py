@@ -31,6 +31,7 @@ from edgesync import limits
 from edgesync.errors import PeerBusyError, PeerUnreachableError, TransportError
 from edgesync.transport.engine import Connection
 from edgesync.transport.flow import Budget
+from edgesync.transport.interfaces import Interfaces
 from edgesync.transport.link import Link
 from edgesync.transport.quic import CONNECTION_ID_BYTES, DEFAULT_CONTROLLER
 from edgesync.transport.streams import LinkOwner
@@ -95,6 +96,7 @@ class Switchboard:
         self.refused = 0
         self.retried = 0
         self.accepting = True
+        self.interfaces = Interfaces()
         self.socket = UdpSocket(
             bind(host, port),
             received=self._received,

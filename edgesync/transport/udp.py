@@ -13,6 +13,7 @@ import errno
 import ipaddress
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -48,6 +49,9 @@ _MEMINFO: Final = struct.Struct("=9I")
 """Linux, ``enum sk_meminfo`` up to its drops."""
 _IP_RECVERR: Final = 11
 _IPV6_RECVERR: Final = 25
+_IP_MTU_DISCOVER: Final = 10
+_IPV6_MTU_DISCOVER: Final = 23
+_PMTUDISC_PROBE: Final = 3
 _SO_EE_ORIGINS_ICMP: Final = (2, 3)
 _QUIET = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPERM, errno.EMSGSIZE}
 
@@ -94,6 +98,11 @@ class UdpSocket:
     @property
     def address(self) -> Address:
         return tuple(self._sock.getsockname())
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether the kernel chooses the source address, packet by packet."""
+        return str(self.address[0]) in {"::", "0.0.0.0"}  # noqa: S104 - compared, not bound
 
     @property
     def family(self) -> int:
@@ -162,6 +171,8 @@ class UdpSocket:
                     self._enqueue(data, address)
                 except OSError as exc:
                     trouble = trouble or self._again(data, address, exc)
+                    if trouble is not None and trouble.errno == errno.EMSGSIZE:
+                        self._strikes = 0  # too long, cut or not: no fault of segments
             self.bytes_out += len(data)
             at += 1
         return trouble
@@ -351,11 +362,23 @@ def _bind(family: int, address: Any, *, dual: bool = False) -> socket.socket:
             if family == socket.AF_INET6:
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+        _never_fragment(sock, family)
         sock.bind(address)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _never_fragment(sock: socket.socket, family: int) -> None:
+    """What is too long is refused or lost, whatever routers said: the sender finds out what fits (``pmtud``)."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+    if family == socket.AF_INET6:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
 
 
 def listen_tcp(beside: socket.socket) -> socket.socket:

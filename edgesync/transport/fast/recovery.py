@@ -18,6 +18,7 @@ from aioquic.quic.stream import QuicStreamSender
 from aioquic.tls import Epoch
 
 from edgesync.transport.congestion.base import CongestionController
+from edgesync.transport.pmtud import BASE_BYTES, PathMtu
 
 PROBE_INTERVAL_S: Final = 1.0
 """Longest pause between probes of a silent peer: doubling would sleep for seconds after an outage is over."""
@@ -106,6 +107,8 @@ class FastRecovery(QuicPacketRecovery):
     """While set, no more than so many bytes are let out beyond those in flight."""
     controller: CongestionController
     """The same object as aioquic's ``_cc``."""
+    mtu: PathMtu
+    """Told what became of full-sized packets."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -161,6 +164,8 @@ class FastRecovery(QuicPacketRecovery):
             return
         if flown:
             self.controller.on_burst_acked(flown, now)
+            if self.mtu.size > BASE_BYTES:
+                self._watch_sizes(flown)
         space.ack_eliciting_in_flight -= eliciting
         if packet.packet_number == largest_acked and eliciting:
             self._sample_rtt(now - packet.sent_time, min(ack_delay, self.max_ack_delay), now)
@@ -182,6 +187,13 @@ class FastRecovery(QuicPacketRecovery):
         if self.peer_completed_address_validation:
             self._pto_count = 0
 
+    def _watch_sizes(self, acked: list[Any]) -> None:
+        full = self.mtu.size
+        for packet in reversed(acked):
+            if packet.sent_bytes >= full:
+                self.mtu.arrived(packet.packet_number)
+                return
+
     def _on_packets_lost(
         self,
         *,
@@ -191,8 +203,9 @@ class FastRecovery(QuicPacketRecovery):
         persistent_congestion: bool = False,
         space: QuicPacketSpace,
     ) -> None:
+        """Stock semantics; what a later packet overtook is also told to ``mtu``, what is merely sent again is not."""
+        packets = tuple(packets)
         if not congestion_event or not self._rtt_initialized:
-            packets = tuple(packets)
             index = self.spaces.index(space)
             for packet in packets:
                 if packet.is_ack_eliciting:
@@ -206,6 +219,10 @@ class FastRecovery(QuicPacketRecovery):
             persistent_congestion=persistent_congestion,
             space=space,
         )
+        if congestion_event and self.mtu.size > BASE_BYTES:
+            for packet in packets:
+                if packet.in_flight and self.mtu.lost(packet.packet_number, packet.sent_bytes, now):
+                    break
 
     def _sample_rtt(self, rtt: float, ack_delay: float, now: float) -> None:
         """RFC 9002 section 5.3, with aioquic's floor of a millisecond."""

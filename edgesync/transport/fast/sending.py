@@ -68,7 +68,6 @@ class FastQuicConnection(BatchReceiving):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._ack_delay = ACK_DELAY_S
-        self._probes: list[int] = []
         self._streams = _Streams()
         self._host: Any = None
         """The peer's IP address: another one is another path, another port is not (RFC 9000 section 9.4)."""
@@ -83,6 +82,7 @@ class FastQuicConnection(BatchReceiving):
             send_probe=self._send_probe,
             logger=self._logger,
         )
+        self._recovery.mtu = self.mtu
         self.use_controller(controller)
 
     def use_controller(self, controller: CongestionController) -> None:
@@ -111,7 +111,7 @@ class FastQuicConnection(BatchReceiving):
         host = self._network_paths[0].addr[0]
         if host != self._host:
             if self._host is not None:
-                self.controller.on_path_change(now)
+                self.path_changed(now)
             self._host = host
         if pair._update_key_requested:
             return self._one_datagram(now)

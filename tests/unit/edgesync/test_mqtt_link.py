@@ -188,7 +188,7 @@ async def test_a_name_that_does_not_resolve_blocks_neither_threads_nor_the_end(
         release.wait(30)
         raise OSError("no such name")
 
-    monkeypatch.setattr("socket.create_connection", stuck)
+    monkeypatch.setattr("edgesync.io.mqtt.connect_in_short_segments", stuck)
     lonely = MqttLink(
         client_id="a",
         brokers=lambda: ["mqtt://localhost:1"],
