@@ -179,9 +179,9 @@ class Bed:
         return end
 
     def received(self, version: str) -> int:
-        """Piece bytes, as the agent counts them."""
-        bundle = self.agent.bundle(NAME, version) or {}
-        return int(bundle.get("bytes_from_gateway", 0)) + int(bundle.get("bytes_from_peers", 0))
+        """Piece bytes that came over the link, as the agents count them."""
+        bundles = [agent.bundle(NAME, version) or {} for agent in self.fleet.agents]
+        return sum(int(bundle.get("bytes_from_gateway", 0)) for bundle in bundles)
 
     def carrier(self) -> str:
         """By what the session with the gateway goes: QUIC or TLS."""
@@ -251,7 +251,7 @@ def cuts(work: Path, options: argparse.Namespace) -> list[Row]:
         key=lambda fault: fault[1],
     )
     rows = []
-    with bed(work, size=size) as it:
+    with bed(work, size=size, devices=options.devices) as it:
         for version, plan in (("1", []), ("2", faults)):
             it.publish(version)
             row = _through(it, version, plan)
@@ -259,7 +259,7 @@ def cuts(work: Path, options: argparse.Namespace) -> list[Row]:
     clean, cut = rows
     say(
         f"cuts: {len(cut['cuts'])} cuts of {sum(c['seconds'] for c in cut['cuts']):.1f} s together and {cut['kills']} kills "
-        f"in a transfer of {size / MB:g} MB"
+        f"in a transfer of {size / MB:g} MB to {options.devices} device(s)"
     )
     say(
         f"  agent's counters / payload {cut['received'] / size:.4f} (undisturbed {clean['received'] / size:.4f})"
@@ -552,7 +552,7 @@ def broker(work: Path, options: argparse.Namespace) -> list[Row]:
             gateway_environment={"EDGESYNC_BROKER": url},
             before_start=before_start,
         ) as it:
-            kills = 0
+            kills = agent_kills = 0
             said = _log_lines(it)
             for number in range(1, versions + 1):
                 version = str(number)
@@ -561,22 +561,23 @@ def broker(work: Path, options: argparse.Namespace) -> list[Row]:
                 it.watch.rest(rng.uniform(0.0, 1.5))
                 parts[0].kill()
                 kills += 1
-                it.watch.rest(rng.uniform(0.5, 4.0))
+                victim = it.fleet.agents[number % devices] if number % 2 else None
+                it.watch.rest(rng.uniform(0.2, 2.0))
+                if victim is not None:
+                    victim.kill()
+                    agent_kills += 1
+                it.watch.rest(rng.uniform(0.2, 2.0))
                 parts[0].start()
+                if victim is not None:
+                    victim.start()
                 it.finish(version, timeout_s=120)
-            it.watch.until(
-                lambda _s: all(_waiting(agent) == 0 for agent in it.fleet.agents),
-                what="the last report to be acknowledged",
-                timeout_s=120,
-            )
-            counted = [_reports(it.fleet.data, agent) for agent in it.fleet.agents]
+            made, stored, lost, doubled = _settled_reports(it)
             lines = _new_lines(said, _log_lines(it))
     finally:
         for part in parts:
             part.kill()
-    made, stored, lost, doubled = (sum(row[n] for row in counted) for n in range(4))
     say(
-        f"  {kills} times killed and restarted empty; {devices} devices, {versions} bundles of 4 MB each"
+        f"  {kills} times killed and restarted empty, meanwhile an agent {agent_kills} times; {devices} devices, {versions} bundles of 4 MB each"
     )
     say(f"  reports made {made}, stored {stored}")
     say(f"  lines of warning or worse in the devices' logs: {len(lines)}")
@@ -595,6 +596,18 @@ def broker(work: Path, options: argparse.Namespace) -> list[Row]:
             "lines": len(lines),
         }
     ]
+
+
+def _settled_reports(it: Bed) -> tuple[int, int, int, int]:
+    """Of all agents together, once none of their reports waits: made, stored, lost, doubled."""
+    it.watch.until(
+        lambda _sample: all(_waiting(agent) == 0 for agent in it.fleet.agents),
+        what="the last report to be acknowledged",
+        timeout_s=120,
+    )
+    counted = [_reports(it.fleet.data, agent) for agent in it.fleet.agents]
+    made, stored, lost, doubled = (sum(row[n] for row in counted) for n in range(4))
+    return made, stored, lost, doubled
 
 
 def _waiting(agent: Agent) -> int:
@@ -665,6 +678,9 @@ def main() -> int:
     )
     parser.add_argument("--repeat", type=int, help="of each length and of each change of address")
     parser.add_argument("--down", type=float, default=5.0, help="seconds the gateway stays dead")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="at the site of cuts; kills hit the first of them"
+    )
     parser.add_argument("--page", type=Path, help="where the page is written")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
