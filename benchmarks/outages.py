@@ -147,13 +147,19 @@ class Bed:
             lambda s: s.there - began.there > AGAIN_BYTES, what="the first data", timeout_s=60
         )
 
-    def progress(self, version: str, agent: Agent | None = None) -> float:
-        """Share of the pieces held; 0 while the agent does not answer."""
-        agent = agent or self.agent
-        bundle = agent.bundle(NAME, version) if agent.child is not None else None
-        if bundle is None or not bundle["pieces_total"]:
-            return 0.0
-        return float(bundle["pieces_have"]) / float(bundle["pieces_total"])
+    def progress(self, version: str) -> float:
+        """Share of the pieces the devices hold together; an agent that does not answer holds none."""
+        bundles = [
+            (agent.bundle(NAME, version) if agent.child is not None else None)
+            for agent in self.fleet.agents
+        ]
+        shares = [
+            bundle["pieces_have"] / bundle["pieces_total"]
+            if bundle and bundle["pieces_total"]
+            else 0.0
+            for bundle in bundles
+        ]
+        return float(sum(shares) / len(shares))
 
     def done(self, version: str) -> bool:
         rows = [agent.execution(version) for agent in self.fleet.agents]
@@ -326,7 +332,7 @@ def _through(it: Bed, version: str, plan: list[tuple[str, float, float]]) -> Row
         if what == "cut":
             it.cut(seconds)
             up = it.watch.sample()
-            again = _again(it, up)
+            again = _again(it, up, version)
             row["cuts"].append(
                 {
                     "seconds": up.at - before.at,
@@ -339,7 +345,7 @@ def _through(it: Bed, version: str, plan: list[tuple[str, float, float]]) -> Row
             it.agent.kill()
             dead = it.watch.rest(seconds)
             it.agent.start()
-            again = _again(it, dead)
+            again = _again(it, dead, version)
             row["kills"] += 1
             row["while_dead"] += dead.there - before.there
             row["dead_s"] += dead.at - before.at
@@ -355,11 +361,20 @@ def _through(it: Bed, version: str, plan: list[tuple[str, float, float]]) -> Row
     return row
 
 
-def _again(it: Bed, since: Sample) -> float:
-    """When AGAIN_BYTES have come since a sample, or the transfer was over."""
-    return it.watch.until(
-        lambda s: s.there - since.there >= AGAIN_BYTES, what="data to move again", timeout_s=120
-    ).at
+def _again(it: Bed, since: Sample, version: str = "1") -> float:
+    """When AGAIN_BYTES have come since a sample, or the transfer was over (peers may have had the rest)."""
+    checked = since.at
+
+    def moved(sample: Sample) -> bool:
+        nonlocal checked
+        if sample.there - since.there >= AGAIN_BYTES:
+            return True
+        if sample.at - checked < 0.5:
+            return False
+        checked = sample.at
+        return it.done(version)
+
+    return it.watch.until(moved, what="data to move again", timeout_s=120).at
 
 
 # --- again
@@ -476,6 +491,8 @@ def gateway(work: Path, options: argparse.Namespace) -> list[Row]:
         end = it.finish("1", timeout_s=300)
         received, link = it.received("1") / it.size, (end.there - began.there) / it.size
         rows[-1].update(received=received, link=link)
+        made, stored, lost, doubled = _settled_reports(it)
+    say(f"  reports made {made}, stored {stored}, lost {lost}, doubled {doubled}")
     say(
         f"moving again after the gateway is ready: {_spread([row['again_s'] for row in rows])} s ({repeat} times)"
     )
