@@ -153,7 +153,8 @@ class Agent:
                     self._notes["join"] = f"the gateway cannot be asked: {exc}"
                 if self._member.state != "accepted":
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._stopping.wait(), PENDING_RETRY_S)
+                        async with asyncio.timeout(PENDING_RETRY_S):
+                            await self._stopping.wait()
         finally:
             await control.close()
         self._identity = joining.load_or_make_identity(self._data)
@@ -306,7 +307,8 @@ class Agent:
         while True:
             pause = METADATA_RETRY_S if self._timestamp is not None else METADATA_INTERVAL_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._metadata_due.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._metadata_due.wait()
             # Retained files arrive in any order: what is already on its way need not be fetched.
             await asyncio.sleep(COALESCE_S)
             self._metadata_due.clear()
@@ -691,7 +693,8 @@ class Agent:
             lag = time.monotonic() - before - interval
             try:
                 # Not in the storage thread: an activation may keep that busy for minutes.
-                await asyncio.wait_for(asyncio.to_thread(self._state.bundles), LOOP_LAG_LIMIT_S)
+                async with asyncio.timeout(LOOP_LAG_LIMIT_S):
+                    await asyncio.to_thread(self._state.bundles)
             except (StorageError, TimeoutError):
                 logger.exception("the database does not answer")
                 continue

@@ -88,7 +88,8 @@ class ControlServer:
                 await writer.wait_closed()
 
     async def _perform(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = await asyncio.wait_for(reader.readline(), REQUEST_TIMEOUT_S)
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            line = await reader.readline()
         try:
             request = json.loads(line)
         except ValueError:

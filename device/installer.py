@@ -242,7 +242,8 @@ class Installer:
 
     async def _pause(self, key: tuple[str, str], seconds: float | None) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake[key].wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wake[key].wait()
 
     async def _once(self, entry: Entry) -> None:
         target = self._metadata.trusted.bundle(entry.kind, entry.name, entry.version)

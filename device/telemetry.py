@@ -172,7 +172,8 @@ class Telemetry:
     async def _tell_reports(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._reports_waiting.wait(), RESEND_S)
+                async with asyncio.timeout(RESEND_S):
+                    await self._reports_waiting.wait()
             self._reports_waiting.clear()
             await self.link.wait_connected()
             for report in await self._in_storage(self._outbox.pending):

@@ -428,7 +428,8 @@ class MqttLink:
         timeout = self.config.publish_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout
         try:
-            await asyncio.wait_for(self._slots.acquire(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._slots.acquire()
         except TimeoutError:
             return Published.TIMED_OUT
         try:
@@ -486,6 +487,7 @@ class MqttLink:
             else:
                 self._last_error = "no broker is known yet"
             turn += 1
+            _heed_cancellation()
             logger.info("mqtt: %s", self._last_error)
             failures = 0 if time.monotonic() - began >= self.config.settled_s else failures + 1
             ceiling = min(
@@ -494,7 +496,8 @@ class MqttLink:
             delay = self._rng.uniform(0, ceiling)
             self._retry_at = time.monotonic() + delay
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kick.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._kick.wait()
             self._retry_at = None
 
     def _detour(self) -> str:
@@ -544,6 +547,7 @@ class MqttLink:
                 self._unreached = True
                 where = f" by TLS at {door}" if door else ""
                 return f"{broker} cannot be reached{where}: {_reason(exc)}"
+            _heed_cancellation()
             self._client = client
             if door is not None:
                 logger.warning("mqtt: %s", self._detour())
@@ -703,6 +707,13 @@ class MqttLink:
                 if client.is_open:
                     await client.__aexit__(None, None, None)
         client.close_socket()
+
+
+def _heed_cancellation() -> None:
+    """Raise what the library swallowed: ``asyncio.wait_for`` forgets a cancellation that comes with its result."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _until_lost(client: aiomqtt.Client) -> None:
