@@ -368,10 +368,12 @@ class Endpoint:
         try:
             await self._answered(link, dialer.ready, timeout_s)
         except TimeoutError:
+            dialer.ready.cancel()  # nobody waits for it any more: what closing says to it would be reported as lost
             error = PeerTimeoutError(f"no session with {plain(link.address)[0]} in time")
             link.close(ErrorCode.TIMEOUT, error=error)
             raise error from None
         except BaseException:
+            dialer.ready.cancel()
             link.close(ErrorCode.GOING_AWAY)
             raise
         finally:

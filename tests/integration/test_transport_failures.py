@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -104,6 +105,25 @@ async def test_nobody_answers(fleet: TestFleet) -> None:
         sock.bind(("127.0.0.1", 0))
         with pytest.raises(PeerTimeoutError):
             await peer.endpoint.connect(sock.getsockname(), timeout_s=0.3)
+
+
+async def test_giving_up_a_dial_leaves_no_error_unheard(fleet: TestFleet) -> None:
+    peer = await fleet.device("a")
+    unheard: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unheard.append(context))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        where = sock.getsockname()
+        with pytest.raises(PeerTimeoutError):
+            await peer.endpoint.connect(where, timeout_s=0.1)
+        task = asyncio.create_task(peer.endpoint.connect(where, timeout_s=10))
+        await eventually(lambda: bool(select.select([sock], [], [], 0)[0]))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    del task
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not unheard
 
 
 async def test_names_that_lead_nowhere(fleet: TestFleet) -> None:
