@@ -10,6 +10,7 @@ import functools
 import gc
 import logging
 import os
+import random
 import signal
 import sys
 import time
@@ -48,7 +49,7 @@ from edgesync.errors import (
     StorageError,
 )
 from edgesync.ids import Digest, PeerKey
-from edgesync.io import systemd
+from edgesync.io import network_watch, systemd
 from edgesync.io.mqtt import LinkConfig
 from edgesync.storage import datadir
 from edgesync.storage.datadir import DataDir
@@ -62,6 +63,7 @@ PENDING_RETRY_S = 10.0
 METADATA_INTERVAL_S = 15 * 60.0
 """How often metadata is asked for where no broker brings it."""
 METADATA_RETRY_S = 10.0
+WAKE_SPREAD_S = 1.0
 ASSIGNMENT_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
@@ -84,6 +86,7 @@ class Agent:
         self._gateway_epoch = 0
         self._asked_versions_at = -ASK_VERSIONS_S
         self._swarm: Swarm
+        self._discovery: Discovery | None = None
         self._tell_lost: Callable[[Digest, int], None] | None = None
 
     async def run(self) -> None:
@@ -268,6 +271,7 @@ class Agent:
                 self._budget.run(),
                 self._tell_spent(),
                 self._watchdog(),
+                network_watch.follow(self._network_changed),
             )
         ]
         if settings.mdns:
@@ -335,6 +339,17 @@ class Agent:
 
     async def _fetch(self, name: str, max_bytes: int, check: Check) -> bytes:
         return await self._swarm.fetch_any(name, max_bytes, check)
+
+    def _network_changed(self) -> None:
+        """A cable, an address or a route is back: nobody waits out a pause that began without it."""
+        if self._discovery is not None:
+            self._discovery.interfaces_changed()
+        # A whole site may see its switch come back at once.
+        wait_s = random.uniform(0.0, WAKE_SPREAD_S)  # noqa: S311  # spreads dials, guards nothing
+        loop = asyncio.get_running_loop()
+        loop.call_later(wait_s, self._swarm.network_changed)
+        if not self._telemetry.link.connected:
+            loop.call_later(wait_s, self._telemetry.link.kick)
 
     def _versions(self) -> tuple[int, int]:
         view = self._metadata.trusted

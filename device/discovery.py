@@ -351,6 +351,7 @@ class Discovery:
         """Candidates handed out to be dialed, for tests and screens."""
         self._zeroconf: AsyncZeroconf | None = None
         self._info: ServiceInfo | None = None
+        self._scan_now = False
         self._announced: tuple[int, int] = (-1, -1)
         self._addresses: tuple[str, ...] = ()
 
@@ -363,7 +364,8 @@ class Discovery:
         try:
             while True:
                 now = loop.time()
-                if now >= scan_at:
+                if now >= scan_at or self._scan_now:
+                    self._scan_now = False
                     scan_at = now + INTERFACES_EVERY_S
                     await self._follow_interfaces()
                     await self._follow_versions()
@@ -386,6 +388,10 @@ class Discovery:
                 await asyncio.sleep(POLL_S)
         finally:
             await self._stop()
+
+    def interfaces_changed(self) -> None:
+        """Look at once: there may be another network."""
+        self._scan_now = True
 
     async def _dial(self, name: str, candidate: Candidate) -> Verdict:
         self.dials += 1

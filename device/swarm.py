@@ -72,7 +72,8 @@ logger = logging.getLogger(__name__)
 
 GATEWAY_IDLE_S: Final = 30.0
 FIRST_RETRY_S: Final = 0.5
-MAX_RETRY_S: Final = 30.0
+MAX_RETRY_S: Final = 10.0
+"""Longest pause between dials while something is wanted: after an outage of days, data moves within seconds."""
 DIAL_TIMEOUT_S: Final = 3.0
 """How long a peer may be silent while it is dialed."""
 GATEWAY_DIAL_TIMEOUT_S: Final = 6.0
@@ -247,6 +248,12 @@ class Swarm:
             if (reason := self._refuses(link.conn)) and self._endpoint is not None:
                 self._endpoint.spawn(link.conn.close(ErrorCode.BUSY, reason), "close a paid peer")
 
+    def network_changed(self) -> None:
+        """Our network is another or is back: whoever did not answer may answer now."""
+        self._gateway_seen.set()
+        if self.wants_peers():
+            self._dial_told()
+
     def wants_peers(self) -> bool:
         """Whether looking for peers would help now."""
         if len(self._links) >= ENOUGH_PEERS:
@@ -388,6 +395,7 @@ class Swarm:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._gateway_seen.wait()
+                    failures = 0
 
     async def _watch_gateway(self) -> None:
         """Return when the session is over or was idle for long enough."""

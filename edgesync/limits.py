@@ -159,7 +159,8 @@ MAX_MQTT_CLIENTS: Final = 2000
 MAX_MQTT_UNPROVEN: Final = 64
 """Connections that have not finished TLS and CONNECT."""
 MAX_MQTT_UNPROVEN_PER_ADDRESS: Final = 32
-MQTT_UNPROVEN_TIMEOUT_S: Final = 10.0
+MQTT_UNPROVEN_TIMEOUT_S: Final = 20.0
+"""TCP, TLS and CONNECT take three round trips, and a lost packet costs seconds on a path with two of round trip."""
 MAX_MQTT_KEEPALIVE_S: Final = 600
 MAX_MQTT_PACKETS_S: Final = 100
 MAX_MQTT_PACKET_BURST: Final = 1000

@@ -55,6 +55,8 @@ for _name in ("_sock_recv", "_sock_close", "_create_socket_connection"):
     if not hasattr(PahoClient, _name):
         raise ImportError(f"paho-mqtt no longer has {_name}, which edgesync.io.mqtt relies on")
 
+SOON_AGAIN = 2
+"""Failures that still count after a connection that was up."""
 FIFO_KINDS = frozenset({Kind.CMD, Kind.REPORT, Kind.RSP, Kind.AGGREGATE})
 """Each of these counts; of every other kind only the newest per topic does."""
 
@@ -69,9 +71,10 @@ class LinkConfig:
     settled_s: float = 30.0
     """A connection that lived this long starts the back-off anew."""
     keepalive_s: int = 60
-    connect_timeout_s: float = 10.0
+    connect_timeout_s: float = 20.0
+    """For each step, TCP, TLS, CONNACK, SUBACK: two seconds of round trip and a lost packet or two on each."""
     publish_timeout_s: float = 20.0
-    """A broker that acknowledges nothing for so long is taken for dead: the link connects again."""
+    """A broker that acknowledges nothing and says nothing for so long is taken for dead: the link connects again."""
     max_queued_messages: int = limits.MAX_MQTT_QUEUED_MESSAGES
     max_queued_bytes: int = limits.MAX_MQTT_QUEUED_BYTES
     max_publishing: int = 32
@@ -237,6 +240,9 @@ class _Client(aiomqtt.Client):
     dead resolver leave none for anybody else, and where the program waits for them before it can end.
     """
 
+    heard_at = 0.0
+    """When the broker last said anything, in monotonic seconds."""
+
     def begin_connect(self) -> "asyncio.Future[Exception | None]":
         """Start connecting. The future holds what went wrong, or None; it is never cancelled by who waits for it."""
         loop = asyncio.get_running_loop()
@@ -358,11 +364,12 @@ class MqttLink:
         self._proxies = proxies or ProxySettings()
         self._door: HostPort | None = None
         self._unreached = False
-        self._client: aiomqtt.Client | None = None
+        self._client: _Client | None = None
         self._attempt: _Client | None = None
         self._connecting: asyncio.Future[Exception | None] | None = None
         self._lost: asyncio.Future[None] | None = None
         self._up = asyncio.Event()
+        self._was_up = False
         self._kick = asyncio.Event()
         self._slots = asyncio.Semaphore(self.config.max_publishing)
         self._broker = ""
@@ -450,7 +457,11 @@ class MqttLink:
                 return Published.LOST if sending.exception() else Published.SENT
             if lost.done():
                 return Published.LOST
-            if timeout >= self.config.publish_timeout_s:
+            if (
+                timeout >= self.config.publish_timeout_s
+                and time.monotonic() - client.heard_at >= timeout
+            ):
+                # On a slow path an acknowledgement waits behind other messages.
                 self._lose(f"{self._broker} acknowledged nothing for {timeout:.0f} s")
             return Published.TIMED_OUT
         finally:
@@ -473,6 +484,7 @@ class MqttLink:
         turn = 0
         while True:
             self._kick.clear()
+            self._was_up = False
             began = time.monotonic()
             urls = self._brokers()
             if urls:
@@ -489,7 +501,10 @@ class MqttLink:
             turn += 1
             _heed_cancellation()
             logger.info("mqtt: %s", self._last_error)
-            failures = 0 if time.monotonic() - began >= self.config.settled_s else failures + 1
+            if time.monotonic() - began >= self.config.settled_s:
+                failures = 0
+            else:  # One that was up for a moment ends a long series of failures, not a fight over the client id.
+                failures = min(failures, SOON_AGAIN if self._was_up else failures) + 1
             ceiling = min(
                 self.config.max_backoff_s, self.config.min_backoff_s * 2.0 ** min(failures, 20)
             )
@@ -498,6 +513,7 @@ class MqttLink:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._kick.wait()
+                failures = 0
             self._retry_at = None
 
     def _detour(self) -> str:
@@ -612,6 +628,7 @@ class MqttLink:
         await self._subscribe(client)
         self._last_connected = time.time()
         self._up.set()
+        self._was_up = True
         logger.info("mqtt: connected to %s", self._broker)
         if self._on_connect:
             await self._on_connect()
@@ -664,6 +681,7 @@ class MqttLink:
         def receive_capped(bufsize: int) -> bytes:
             if bufsize > limits.MAX_MQTT_PACKET_BYTES:
                 raise ConnectionAbortedError(f"the broker sends a packet of {bufsize} bytes")
+            client.heard_at = time.monotonic()
             return receive(bufsize)
 
         paho._sock_recv = receive_capped  # type: ignore[method-assign]  # noqa: SLF001
