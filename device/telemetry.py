@@ -27,6 +27,7 @@ from edgesync.wire.topics import Kind
 logger = logging.getLogger(__name__)
 
 RESEND_S = 60.0
+RESEND_SPREAD_S = 1.0
 """A report without an acknowledgement is sent again after this long."""
 GOODBYE_TIMEOUT_S = 1.0
 
@@ -218,7 +219,9 @@ class Telemetry:
             case Kind.PRESENCE:
                 presence = mqtt.unseal(topic, data, keys=self._gateway_keys())
                 if mqtt.presence_supersedes(presence, self._presence):
-                    self._presence = presence
+                    known, self._presence = self._presence, presence
+                    if not message.retained and (known is None or known.epoch != presence.epoch):
+                        self._gateway_came()
                     self._seen()
                     self._report_interval_s = float(presence.report_interval_s)
                     self._listener.presence_told(presence)
@@ -264,6 +267,12 @@ class Telemetry:
         )
         sealed = mqtt.seal(answer, self._identity)
         await self.link.publish(topics.rsp(self._id), sealed, qos=1)
+
+    def _gateway_came(self) -> None:
+        """It subscribed just now: what was said before it did, a broker confirmed and passed to nobody."""
+        if self._presence is not None and self._presence.online and self._outbox.last_size.waiting:
+            wait_s = random.uniform(0.0, RESEND_SPREAD_S)  # noqa: S311  # spreads load
+            asyncio.get_running_loop().call_later(wait_s, self._reports_waiting.set)
 
     def _seen(self) -> None:
         self.last_seen = time.time()
