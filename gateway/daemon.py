@@ -13,6 +13,7 @@ Called by ``gateway.cli``.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -76,6 +77,8 @@ def run(datadir: DataDir, settings: GatewaySettings) -> None:
     # Each is heard of through its own shell's log lines; at INFO they would say it a second time.
     for noisy in ("amqtt", "transitions", "quic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # What was imported stays: the collector need not walk it while pieces go out.
+    gc.freeze()
     with datadir.lock():
         asyncio.run(_main(datadir, settings))
 
