@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +62,9 @@ from gateway.throttles import Throttles
 logger = logging.getLogger(__name__)
 
 READ_THREADS: Final = 2
+READ_PIECES: Final = 16
+READ_BYTES: Final = 256 * limits.KIB
+"""Pieces read for a device in one go: it holds so much and a piece more, and nothing is read ahead before the last."""
 SERVED_BUNDLES: Final = 16
 """Piece tables kept in memory: 3.6 MB each at most."""
 REFUSED_RETRY_S: Final = 30.0
@@ -400,24 +403,32 @@ class Seeder:
     async def _answers(
         self, conn: PeerConnection, served: Served, pieces: list[PieceId], request: Request
     ) -> AsyncIterator[PieceAnswer]:
-        def read(piece: PieceId) -> "asyncio.Future[PieceAnswer]":
+        packed_ok = "zstd" in request.encodings
+
+        def read(first: int) -> "asyncio.Future[list[PieceAnswer]]":
+            wanted = pieces[first : first + READ_PIECES]
             return self._loop.run_in_executor(
-                self._threads, self._read, served, piece, "zstd" in request.encodings
+                self._threads, self._read_some, served, wanted, packed_ok
             )
 
-        ahead: asyncio.Future[PieceAnswer] | None = read(pieces[0])
+        ready: deque[PieceAnswer] = deque()
+        ahead: asyncio.Future[list[PieceAnswer]] | None = read(0)
         spent = False
         try:
             for position, piece in enumerate(pieces):
-                assert ahead is not None
                 self._spend(conn)
                 verdict = self._verdict(conn.peer.key)
                 if spent or (verdict is not None and not verdict.left_bytes):
                     spent = True  # for the rest of this question, whatever is raised meanwhile
                     yield PieceAnswer(piece, missing="busy")
                     continue
-                answer = await ahead
-                ahead = read(pieces[position + 1]) if position + 1 < len(pieces) else None
+                if not ready:
+                    assert ahead is not None
+                    ready.extend(await ahead)
+                    ahead = None
+                answer = ready.popleft()
+                if not ready and position + 1 < len(pieces):
+                    ahead = read(position + 1)
                 if answer.missing is None:
                     self._count(conn.peer.key, len(answer.data))
                 yield answer
@@ -429,6 +440,20 @@ class Seeder:
         finally:
             if ahead is not None:
                 ahead.cancel()
+
+    def _read_some(
+        self, served: Served, pieces: list[PieceId], packed_ok: bool
+    ) -> list[PieceAnswer]:
+        """The first of ``pieces``, and more until READ_BYTES are passed: a call costs as much as a read."""
+        answers: list[PieceAnswer] = []
+        size = 0
+        for piece in pieces:
+            answer = self._read(served, piece, packed_ok)
+            answers.append(answer)
+            size += len(answer.data)
+            if size >= READ_BYTES:
+                break
+        return answers
 
     def _read(self, served: Served, piece: PieceId, packed_ok: bool) -> PieceAnswer:
         if served.finder.find(piece) is None:
