@@ -4,9 +4,9 @@
 are processes of their own. "bare" is a link and its stream, without session and pieces; "pieces" asks a member for 64
 KiB pieces; "whole path" is ``benchmarks.whole_path``: a gateway and an agent as the commands start them, which also
 read, hash, write, sync and commit; what 1452 bytes make of it is seen where loopback carries no more, in a network
-namespace: ``unshare -n sh -c 'ip link set lo up mtu 1480; …'``. CPU is per datagram's worth of
-payload. qh3 is run by the interpreter that ``EDGESYNC_BENCH_QH3`` names (one that has it installed); it is no
-dependency of EdgeSync.
+namespace: ``unshare -n sh -c 'ip link set lo up mtu 1480; …'`` (there, CPU a datagram is to be read of the cases that
+name their size only). CPU is per datagram's worth of payload. qh3 is run by the interpreter that ``EDGESYNC_BENCH_QH3``
+names (one that has it installed); it is no dependency of EdgeSync.
 """
 
 import argparse
