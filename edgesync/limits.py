@@ -65,6 +65,9 @@ MAX_PATH_WINDOW_BYTES: Final = 16 * MIB
 """Most bytes in flight on a path: a peer that acknowledges what it has not received raises the window no further."""
 MAX_PATH_RATE_BYTES_S: Final = 1_250_000_000.0
 """Highest rate a path is believed to carry (10 Gbit/s), however early or bunched its ACKs come."""
+MAX_REORDERED_PACKETS: Final = 256
+"""Most packets one may be late by before it counts as lost, and how far back losses are remembered: a peer that
+acknowledges late on purpose delays loss detection, and fills memory, no further."""
 MAX_UNPROVEN_CONNECTIONS: Final = 32
 MAX_UNPROVEN_PER_ADDRESS: Final = 4
 RETRY_FROM_UNPROVEN: Final = 8

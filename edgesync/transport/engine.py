@@ -46,6 +46,8 @@ _NAMES: Final = {
         "_cc",
         "_detect_loss",
         "_get_loss_space",
+        "_in_persistent_congestion",
+        "_on_packets_lost",
         "_pacer",
         "_pto_count",
         "_rtt_first_sample_time",
@@ -68,7 +70,14 @@ _NAMES: Final = {
     "receiver": ("_buffer_start", "_final_size", "highest_offset"),
     "window": ("_lower", "_received", "_size"),
     "keys": ("_update_key_requested", "key_phase", "recv", "send"),
-    "space": ("ack_at", "ack_queue", "expected_packet_number", "sent_packets", "loss_time"),
+    "space": (
+        "ack_at",
+        "ack_queue",
+        "expected_packet_number",
+        "sent_packets",
+        "loss_time",
+        "is_application_data",
+    ),
 }
 
 

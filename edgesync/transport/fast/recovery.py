@@ -1,9 +1,10 @@
 """Loss recovery with slim records: what an ACK says about neighbouring stream bytes reaches the stream once.
 
-Semantics are aioquic's (RFC 9002), with three additions: probes after an outage are at most ``PROBE_INTERVAL_S`` apart;
-one transmission can be held to one datagram without touching the congestion controller; and an ACK of a packet whose
-data was sent again meanwhile is a sample of the round-trip time. Without it a path slower than the probes is never
-measured: aioquic forgets the oldest packet at each probe, and what is acknowledged is always one it has forgotten.
+Semantics are aioquic's (RFC 9002), with four additions: the thresholds of loss detection rise where packets overtake
+each other (``reordering``); probes after an outage are at most ``PROBE_INTERVAL_S`` apart; one transmission can be held
+to one datagram without touching the congestion controller; and an ACK of a packet whose data was sent again meanwhile
+is a sample of the round-trip time. Without it a path slower than the probes is never measured: aioquic forgets the
+oldest packet at each probe, and what is acknowledged is always one it has forgotten.
 """
 
 from bisect import bisect_left
@@ -18,11 +19,14 @@ from aioquic.quic.stream import QuicStreamSender
 from aioquic.tls import Epoch
 
 from edgesync.transport.congestion.base import CongestionController
+from edgesync.transport.fast.reordering import Reordering
 from edgesync.transport.pmtud import BASE_BYTES, PathMtu
 
 PROBE_INTERVAL_S: Final = 1.0
 """Longest pause between probes of a silent peer: doubling would sleep for seconds after an outage is over."""
 MIN_RTT_S: Final = 0.001
+GRANULARITY_S: Final = 0.001
+"""RFC 9002 section 6.1.2."""
 MAX_GIVEN_UP: Final = 64
 """Packets a probe took the data of, whose late acknowledgement still tells the round-trip time."""
 
@@ -112,6 +116,7 @@ class FastRecovery(QuicPacketRecovery):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.reordering = Reordering()
         self._given_up: dict[tuple[int, int], float] = {}
         """(Space, packet number) to when it was sent, of packets a probe took the data of."""
 
@@ -159,6 +164,8 @@ class FastRecovery(QuicPacketRecovery):
                 stop = packet.stop
         if sender is not None:
             sender.on_data_delivery(_ACKED, start, stop, False)
+        if space.is_application_data:
+            self.reordering.on_ack(ack_rangeset, largest_acked=space.largest_acked_packet, now=now)
         if packet is None:
             self._acked_late(space, largest_acked, ack_delay, now)
             return
@@ -243,6 +250,35 @@ class FastRecovery(QuicPacketRecovery):
         self._cc.on_rtt_measurement(now=now, rtt=rtt)
         self._pacer.update_rate(
             congestion_window=self._cc.congestion_window, smoothed_rtt=self._rtt_smoothed
+        )
+
+    def _detect_loss(self, *, now: float, space: QuicPacketSpace) -> None:
+        """RFC 9002 section 6.1 with thresholds that follow the path's reordering."""
+        if not space.is_application_data or not self._rtt_initialized:
+            super()._detect_loss(now=now, space=space)
+            return
+        reordering = self.reordering
+        largest = space.largest_acked_packet
+        patience = reordering.time_threshold * max(self._rtt_latest, self._rtt_smoothed)
+        patience = max(patience, GRANULARITY_S)
+        last_lost = largest - reordering.packet_threshold
+        sent_before = now - patience
+        lost = []
+        space.loss_time = None
+        for number, packet in space.sent_packets.items():
+            if number > largest:
+                break
+            sent_time = packet.sent_time or 0.0
+            if number <= last_lost or sent_time <= sent_before:
+                lost.append(packet)
+                reordering.on_lost(number, largest_acked=largest)
+            elif space.loss_time is None:  # in the order they were sent: the first is the earliest
+                space.loss_time = sent_time + patience
+        self._on_packets_lost(
+            now=now,
+            packets=lost,
+            persistent_congestion=self._in_persistent_congestion(packets=lost),
+            space=space,
         )
 
     def get_loss_detection_time(self, *, amplification_limited: bool) -> float | None:
