@@ -2,8 +2,9 @@
 
 ``UdpVerdict`` decides and is pure: time is an argument. ``reach`` acts: it dials by QUIC, and where not a byte of an
 answer came for PATIENCE_S, over TLS as well; who first stands wins. When TLS stood and QUIC had heard nothing, UDP is
-suspected only: after an outage whichever asks next stands first. A dial begun while TLS serves decides. Blocked is
-remembered for the network this machine is in, and UDP is tried again with growing pauses.
+suspected only: after an outage whichever asks next stands first. A dial begun while TLS serves decides: blocked means
+that not a byte came by it and that TLS was heard meanwhile. Blocked is remembered for the network this machine is in,
+and UDP is tried again with growing pauses.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from edgesync.errors import EdgeSyncError, PeerTimeoutError, PeerUnreachableError
@@ -32,40 +34,58 @@ class UdpVerdict:
 
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()  # noqa: S311  # spreads probes, guards nothing
-        self._blocked: dict[str, tuple[float, float]] = {}
-        """Network to (when to probe, the pause before that); no pause yet: suspected only."""
+        self._doubts: dict[str, _Doubt] = {}
 
     def is_blocked(self, network: str) -> bool:
-        known = self._blocked.get(network)
-        return known is not None and known[1] > 0
+        known = self._doubts.get(network)
+        return known is not None and known.blocked
 
     def probe_at(self, network: str) -> float | None:
         """When UDP is worth another try; None: nothing speaks against it."""
-        known = self._blocked.get(network)
-        return known[0] if known else None
+        known = self._doubts.get(network)
+        return known.probe_at if known else None
 
     def suspect(self, network: str, *, now: float) -> None:
         """TLS stood first and nothing had come by UDP: it is to be tried at once."""
-        if not self.is_blocked(network):
-            self._remember(network, now, 0.0)
+        if network not in self._doubts:
+            self._remember(network, _Doubt(now, 0.0, blocked=False))
 
     def blocked(self, network: str, *, now: float) -> bool:
         """UDP got no answer while TLS did; True: that is news."""
-        known = self._blocked.pop(network, (0.0, 0.0))[1]
-        pause = min(2 * known, MAX_PAUSE_S) if known else MIN_PAUSE_S
-        self._remember(network, now + pause * self._rng.uniform(0.75, 1.25), pause)
-        return not known
+        news = not self.is_blocked(network)
+        self._look_later(network, now, blocked=True)
+        return news
 
-    def _remember(self, network: str, probe_at: float, pause: float) -> None:
-        self._blocked[network] = (probe_at, pause)
-        while len(self._blocked) > MAX_NETWORKS:
-            del self._blocked[next(iter(self._blocked))]
+    def undecided(self, network: str, *, now: float) -> bool:
+        """UDP brought no session, and yet it is not blocked; True: that is news."""
+        news = self.is_blocked(network)
+        self._look_later(network, now, blocked=False)
+        return news
+
+    def _look_later(self, network: str, now: float, *, blocked: bool) -> None:
+        known = self._doubts.pop(network, None)
+        pause = min(2 * known.pause_s, MAX_PAUSE_S) if known and known.pause_s else MIN_PAUSE_S
+        at = now + pause * self._rng.uniform(0.75, 1.25)
+        self._remember(network, _Doubt(at, pause, blocked=blocked))
+
+    def _remember(self, network: str, doubt: "_Doubt") -> None:
+        self._doubts[network] = doubt
+        while len(self._doubts) > MAX_NETWORKS:
+            del self._doubts[next(iter(self._doubts))]
 
     def open(self, network: str) -> bool:
         """UDP was answered; True: that is news."""
         news = self.is_blocked(network)
-        self._blocked.pop(network, None)
+        self._doubts.pop(network, None)
         return news
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    probe_at: float
+    pause_s: float
+    """What was waited before that; 0: UDP was never tried while TLS served."""
+    blocked: bool
 
 
 class Dial(Protocol[T_co]):
@@ -80,7 +100,7 @@ async def reach(
     timeout_s: float,
     heard: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What ``dial`` makes of ``address``, whichever way. Raises EdgeSyncError: what QUIC, or else TLS, ran into.
+    """What ``dial`` makes of ``address``, whichever way. Raises EdgeSyncError: what one or both ran into.
 
     ``heard`` says whether anything came by QUIC: then it is slow, and not blocked.
     """
@@ -123,7 +143,9 @@ async def _race(
                 else:
                     verdict.suspect(network, now=loop.time())
                 return tls.result()
-        return quic.result()
+        if tls.exception() is not None and not _is_silence(tls):
+            return tls.result()
+        raise PeerUnreachableError(f"by TCP: {tls.exception()}; by UDP: {quic.exception()}")
     finally:
         for task in (quic, tls):
             if task is not None and not task.done():
@@ -137,16 +159,34 @@ def _is_silence(task: "asyncio.Future[T]") -> bool:
 
 
 async def probe(
-    verdict: UdpVerdict, address: tuple[str, int], dial: Callable[[], Awaitable[object]]
+    verdict: UdpVerdict,
+    address: tuple[str, int],
+    dial: Callable[[], Awaitable[object]],
+    *,
+    heard: Callable[[], bool] = lambda: False,
+    tls_stands: Callable[[], Awaitable[bool]] | None = None,
 ) -> bool:
-    """Try UDP again while TLS serves; True: it gets through."""
+    """Try UDP again while TLS serves; True: it gets through.
+
+    ``heard`` says whether anything came by UDP, ``tls_stands`` asks whether TLS is still answered: silence on a path
+    that is down for both is an outage and proves nothing.
+    """
     loop = asyncio.get_running_loop()
     network = network_towards(address)
     try:
         await dial()
-    except EdgeSyncError:
-        if verdict.blocked(network, now=loop.time()):
+    except (PeerTimeoutError, PeerUnreachableError) as exc:
+        if heard():
+            logger.debug("by QUIC something came, but no session: %s", exc)
+            verdict.undecided(network, now=loop.time())
+        elif tls_stands is not None and not await tls_stands():
+            logger.debug("neither UDP nor TLS is answered: %s", exc)
+        elif verdict.blocked(network, now=loop.time()):
             logger.warning("%s", sentence(address[1]))
+        return False
+    except EdgeSyncError as exc:
+        logger.debug("by QUIC the gateway answered: %s", exc)
+        verdict.undecided(network, now=loop.time())
         return False
     if verdict.open(network):
         logger.warning("UDP to the gateway gets through again: using QUIC")

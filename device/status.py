@@ -128,7 +128,8 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
     yield f"device    {shown['id']}"
     word = "connected" if gateway["connected"] else "not connected"
     detail = gateway.get("detail") or ""
-    yield f"gateway   {gateway.get('id', '')} {word}{': ' + detail if detail else ''}"
+    carrier = f", data by {gateway['carrier']}" if gateway.get("carrier") else ""
+    yield f"gateway   {gateway.get('id', '')} {word}{carrier}{': ' + detail if detail else ''}"
     if gateway.get("waiting"):
         yield f"waiting   {gateway['waiting']}"
     metadata = shown["metadata"]

@@ -79,6 +79,8 @@ DIAL_TIMEOUT_S: Final = 3.0
 GATEWAY_DIAL_TIMEOUT_S: Final = 6.0
 """The gateway is worth a lost packet on a path with two seconds of round trip."""
 PROBE_LOOK_S: Final = 5.0
+FINISH_S: Final = 60.0
+"""How long the session over TLS may take to answer what it was asked, once QUIC serves."""
 SILENT_S: Final = 2.0
 """A session from which nothing came for this long gives way to a new one of the same peer."""
 MAX_DIALS: Final = 4
@@ -464,25 +466,37 @@ class Swarm:
         return sentence(at[1]) if at and self.udp.is_blocked(network_towards(at)) else ""
 
     async def _probe_udp(self) -> None:
-        """While the gateway is reached over TLS, look now and then whether UDP gets through again."""
+        """Look now and then whether UDP gets through: while TLS serves, and while nothing is wanted of the gateway."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_LOOK_S):
                     await self._udp_doubtful.wait()
             self._udp_doubtful.clear()
             at, link = self._gateway_at, self._gateway
-            if at is None or link is None or link.conn.carrier != "TLS" or self._endpoint is None:
+            if at is None or self._endpoint is None:
                 continue
-            due = self.udp.probe_at(network_towards(at))
+            network = network_towards(at)
+            if link is None and (self._needs_gateway or not self.udp.is_blocked(network)):
+                continue
+            if link is not None and link.conn.carrier != "TLS":
+                continue
+            due = self.udp.probe_at(network)
             if due is not None and self._loop.time() < due:
                 continue
+            tls_stands = None
+            if link is not None:
+                tls_stands = functools.partial(link.conn.is_answered, PROBE_TIMEOUT_S)
+                if not await tls_stands():
+                    continue
+            attempt = Attempt()
             dial = functools.partial(
                 self._endpoint.connect,
                 at,
                 expected_key=self._gateway_key(),
                 timeout_s=PROBE_TIMEOUT_S,
+                attempt=attempt,
             )
-            await probe(self.udp, at, dial)
+            await probe(self.udp, at, dial, heard=attempt.heard, tls_stands=tls_stands)
 
     def _drop_gateway(self, link: PeerLink) -> None:
         if self._gateway is not link:
@@ -609,7 +623,12 @@ class Swarm:
         old, self._gateway = self._gateway, PeerLink(conn)
         if old is not None:
             await old.close()
-            await old.conn.close(ErrorCode.DUPLICATE, "a newer session")
+            if (old.conn.carrier, conn.carrier) == ("TLS", "QUIC") and self._endpoint is not None:
+                # What was asked there is on its way: asked again it would be paid twice.
+                self._endpoint.spawn(_finish(old.conn), "finish what was asked over TLS")
+            else:
+                await old.conn.close(ErrorCode.DUPLICATE, "a newer session")
+        self._gateway_wanted.set()
         self._gateway_problem = ""
         conn.keep_alive = self._needs_gateway
         held = [info.digest for info in self._store.bundles() if info.digest not in self._transfers]
@@ -843,3 +862,10 @@ def _address(text: str) -> tuple[str, int]:
     except ValueError as exc:
         raise PeerUnreachableError(f"{text[:100]!a} is no address") from exc
     return parsed.host, parsed.port
+
+
+async def _finish(conn: PeerConnection) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FINISH_S):
+            await conn.answered()
+    await conn.close(ErrorCode.DUPLICATE, "a newer session")

@@ -119,6 +119,8 @@ class PeerConnection:
         self._control = control
         self._questions = asyncio.Semaphore(limits.MAX_REQUESTS_PER_CONNECTION)
         self._asking: dict[Stream, None] = {}
+        self._answered = asyncio.Event()
+        self._answered.set()
         self._answered_bytes = 0
         self._peer: PeerIdentity | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -293,6 +295,7 @@ class PeerConnection:
         async with self._questions:
             stream = self._link.open_stream()
             self._asking[stream] = None
+            self._answered.clear()
             try:
                 stream.write(frame, end=True)
                 yield stream
@@ -303,8 +306,24 @@ class PeerConnection:
                 raise
             finally:
                 del self._asking[stream]
+                if not self._asking:
+                    self._answered.set()
                 self._answered_bytes += stream.received
                 self._link.forget(stream)
+
+    async def answered(self) -> None:
+        """Return when no question of this side is open."""
+        await self._answered.wait()
+
+    async def is_answered(self, timeout_s: float) -> bool:
+        """Whether the peer says anything within ``timeout_s``, now that it is asked."""
+        asked_at = self._link.loop.time()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.closed.is_set() and self._link.last_received <= asked_at:
+                    self._link.ping()
+                    await asyncio.sleep(timeout_s / 50)
+        return not self.closed.is_set() and self._link.last_received > asked_at
 
     async def close(
         self,

@@ -7,7 +7,12 @@ import pytest
 
 from device import reaching
 from device.reaching import UdpVerdict, reach
-from edgesync.errors import NotAuthorizedError, PeerTimeoutError, PeerUnreachableError
+from edgesync.errors import (
+    NotAuthorizedError,
+    PeerBusyError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+)
 
 WHERE = ("127.0.0.1", 9)
 
@@ -107,10 +112,43 @@ def test_a_suspicion_does_not_shorten_a_verdict() -> None:
 
 async def test_both_dead_is_no_verdict_about_udp() -> None:
     verdict = UdpVerdict()
-    dials = Dials(PeerTimeoutError("silence"), PeerUnreachableError("no"))
-    with pytest.raises(PeerTimeoutError):
+    dials = Dials(PeerTimeoutError("silence"), PeerUnreachableError("the proxy p:1 answered 403"))
+    with pytest.raises(PeerUnreachableError, match="the proxy p:1 answered 403; by UDP: silence"):
         await reach(verdict, WHERE, dials, timeout_s=1)
     assert not verdict.is_blocked(reaching.network_towards(WHERE))
+
+
+async def test_what_tls_answered_is_told_where_quic_was_silent() -> None:
+    dials = Dials(PeerTimeoutError("silence"), NotAuthorizedError("another gateway"))
+    with pytest.raises(NotAuthorizedError):
+        await reach(UdpVerdict(), WHERE, dials, timeout_s=1)
+
+
+async def test_a_slow_path_and_a_refusal_by_quic_are_not_blocked_but_asked_less_often() -> None:
+    network = reaching.network_towards(WHERE)
+
+    async def refused() -> None:
+        raise PeerBusyError("later", retry_after_s=1)
+
+    slow, busy = UdpVerdict(), UdpVerdict()
+    assert not await reaching.probe(slow, WHERE, silent, heard=lambda: True)
+    assert not await reaching.probe(busy, WHERE, refused)
+    for verdict in (slow, busy):
+        assert not verdict.is_blocked(network)
+        due = verdict.probe_at(network)
+        assert due is not None
+        assert due > asyncio.get_running_loop().time()
+
+
+@pytest.mark.parametrize("stands", [True, False])
+async def test_silence_is_blocked_only_while_tls_stands(stands: bool) -> None:
+    verdict = UdpVerdict()
+
+    async def tls_stands() -> bool:
+        return stands
+
+    await reaching.probe(verdict, WHERE, silent, tls_stands=tls_stands)
+    assert verdict.is_blocked(reaching.network_towards(WHERE)) is stands
 
 
 async def test_a_probe_that_is_answered_ends_the_verdict() -> None:
