@@ -489,7 +489,13 @@ class Outcome:
     """Peak resident size during the attack over the size before the first attack."""
 
 
-async def run_all(target: Target, pid: int | None = None) -> AsyncIterator[Outcome]:
+async def run_all(
+    target: Target,
+    pid: int | None = None,
+    *,
+    by_strangers: tuple[Attack, ...] = STRANGER_ATTACKS,
+    by_members: tuple[Attack, ...] = MEMBER_ATTACKS,
+) -> AsyncIterator[Outcome]:
     """Every attack, the stranger's first; those after the proof only with a member's identity."""
     quiet = logging.getLogger("quic")
     quiet.setLevel(logging.CRITICAL)  # what the attacker's own stack thinks of it is of no interest
@@ -499,7 +505,7 @@ async def run_all(target: Target, pid: int | None = None) -> AsyncIterator[Outco
         ) as client:  # one honest session, so that lazy imports are paid for
             client.leave()
     before = resident_bytes(pid) if pid is not None else 0
-    for attacks in (STRANGER_ATTACKS, MEMBER_ATTACKS if target.member is not None else ()):
+    for attacks in (by_strangers, by_members if target.member is not None else ()):
         for attack in attacks:
             if pid is not None:
                 forget_peak(pid)

@@ -16,11 +16,16 @@ import sys
 
 from edgesync.ids import PieceId
 from edgesync.testing.transport import TestFleet
+from edgesync.transport.endpoint import EndpointConfig
 
 
 async def _main(role: str) -> None:
     async with TestFleet() as fleet:
-        peer = await (fleet.gateway("victim") if role == "gateway" else fleet.device("victim"))
+        peer = await (
+            fleet.gateway("victim", EndpointConfig(role="gateway", accept_joins=True, tcp=True))
+            if role == "gateway"
+            else fleet.device("victim")
+        )
         for number in range(256):
             peer.shelf[PieceId(hashlib.sha256(b"%d" % number).digest())] = bytes(262_144)
         member = fleet.member("mallory")

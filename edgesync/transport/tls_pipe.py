@@ -101,10 +101,10 @@ class TlsPipe:
 
     @property
     def protocol(self) -> str:
-        return self._tls.selected_alpn_protocol() or ""
+        return "" if self.closed else self._tls.selected_alpn_protocol() or ""
 
     def peer_certificate(self) -> bytes | None:
-        return self._tls.getpeercert(binary_form=True)
+        return None if self.closed else self._tls.getpeercert(binary_form=True)
 
     def write(self, data: bytes) -> None:
         """Encrypt; follow with ``flush``. At most one record, and only while ``has_room``."""
@@ -225,6 +225,8 @@ class TlsPipe:
         self.closed = True
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
+        # Timers and tracebacks keep an ended link for a while: its 30 KB of OpenSSL need not wait for them.
+        del self._tls, self._incoming, self._outgoing
 
     def finish(self) -> None:
         """Close once what was written has left: a socket closed with unread bytes would take it back."""
