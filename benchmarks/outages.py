@@ -424,7 +424,7 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
         say(_verdict(figure, statistics.median(mine), AGAIN_BAR_S) if seconds == 5.0 else figure)
         busy = [100 * row["busy"] for row in rows if row["seconds"] == seconds]
         tls = sum(row["seconds"] == seconds and row["carrier"] == "TLS" for row in rows)
-        say(f"  agent's use of a core meanwhile {_spread(busy)} %; went on by TLS {tls} times")
+        say(f"  agent's use of a core meanwhile {_spread(busy)} %; first data over TLS {tls} times")
     return rows
 
 
