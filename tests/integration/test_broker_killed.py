@@ -23,10 +23,10 @@ from tests.contract.brokers import MOSQUITTO
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(not Path(MOSQUITTO).exists(), reason="mosquitto is not installed"),
 ]
 DEVICES = 2
 VERSIONS = 3
+RATE = 2_000_000
 
 
 class Mosquitto:
@@ -84,7 +84,23 @@ def rows(path: Path, query: str, *values: str) -> list[tuple[object, ...]]:
         return db.execute(query, values).fetchall()
 
 
-def test_no_report_is_lost_or_doubled(tmp_path: Path) -> None:
+class Embedded:
+    """The gateway's own broker dies with it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def start(self) -> None:
+        self._fleet.start_gateway(upload_limit=RATE)
+
+    def kill(self) -> None:
+        self._fleet.kill_gateway()
+
+
+@pytest.mark.parametrize("kind", ["mosquitto", "embedded"])
+def test_no_report_is_lost_or_doubled(tmp_path: Path, kind: str) -> None:
+    if kind == "mosquitto" and not Path(MOSQUITTO).exists():
+        pytest.skip("mosquitto is not installed")
     seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(100_000))
     print(f"SEED={seed}")
     rng = random.Random(seed)
@@ -92,13 +108,15 @@ def test_no_report_is_lost_or_doubled(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path))
         fleet.init_gateway()
-        with (fleet.gateway_data / "gateway.toml").open("a") as settings:
-            settings.write(f'\nbroker = "mqtts://127.0.0.1:{port}"\n')
-        broker = Mosquitto(fleet, tmp_path / "broker", port)
-        stack.callback(broker.kill)
-        broker.start()
-        fleet.wait("the broker", broker.listens, timeout_s=20)
-        fleet.start_gateway(upload_limit=2_000_000)
+        broker: Mosquitto | Embedded = Embedded(fleet)
+        if kind == "mosquitto":
+            with (fleet.gateway_data / "gateway.toml").open("a") as settings:
+                settings.write(f'\nbroker = "mqtts://127.0.0.1:{port}"\n')
+            broker = Mosquitto(fleet, tmp_path / "broker", port)
+            stack.callback(broker.kill)
+            broker.start()
+            fleet.wait("the broker", broker.listens, timeout_s=20)
+        fleet.start_gateway(upload_limit=RATE)
         for number in range(1, DEVICES + 1):
             fleet.start_device(fleet.join(f"device-{number}"))
         fleet.wait_connected()
