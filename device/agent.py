@@ -28,6 +28,7 @@ from device.discovery import Discovery
 from device.executions import Execution, Executions
 from device.installer import Installer
 from device.joining import Membership
+from device.known_peers import KnownPeers
 from device.memory import give_back
 from device.metadata import Check, Metadata
 from device.orders import Orders
@@ -64,6 +65,9 @@ METADATA_INTERVAL_S = 15 * 60.0
 """How often metadata is asked for where no broker brings it."""
 METADATA_RETRY_S = 10.0
 WAKE_SPREAD_S = 1.0
+KNOWN_PEERS_S = 30.0
+BROWSE_EVERY_S = 600.0
+BROWSE_S = 10.0
 ASSIGNMENT_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
@@ -87,6 +91,7 @@ class Agent:
         self._asked_versions_at = -ASK_VERSIONS_S
         self._swarm: Swarm
         self._discovery: Discovery | None = None
+        self._browse_phase_s = random.uniform(0.0, BROWSE_EVERY_S)  # noqa: S311  # spreads questions
         self._tell_lost: Callable[[Digest, int], None] | None = None
 
     async def run(self) -> None:
@@ -129,6 +134,7 @@ class Agent:
         stack.callback(self._store.close)
         self._executions = Executions(self._state)
         self._outbox = Outbox(self._state)
+        self._known_peers = KnownPeers(self._state)
 
     async def _wait_accepted(
         self, stack: contextlib.AsyncExitStack, control: ControlServer
@@ -271,6 +277,7 @@ class Agent:
                 self._budget.run(),
                 self._tell_spent(),
                 self._watchdog(),
+                self._keep_known_peers(),
                 network_watch.follow(self._network_changed),
             )
         ]
@@ -281,7 +288,7 @@ class Agent:
                 port=self._endpoint.port,
                 interface=settings.interface,
                 versions=self._versions,
-                wanted=self._swarm.wants_peers,
+                wanted=self._looks_for_peers,
                 on_candidate=self._swarm.candidate,
             )
             tasks.append(asyncio.ensure_future(self._discovery.run()))
@@ -339,6 +346,28 @@ class Agent:
 
     async def _fetch(self, name: str, max_bytes: int, check: Check) -> bytes:
         return await self._swarm.fetch_any(name, max_bytes, check)
+
+    def _looks_for_peers(self) -> bool:
+        """Where something is wanted; and now and then while the gateway is away, to know who is there by then."""
+        if self._swarm.wants_peers():
+            return True
+        if self._telemetry.link.connected or self._swarm.gateway_carrier:
+            return False
+        return (time.monotonic() + self._browse_phase_s) % BROWSE_EVERY_S < BROWSE_S
+
+    async def _keep_known_peers(self) -> None:
+        """Written only where it changed: a card wears out."""
+        known = await self._in_storage(self._known_peers.load)
+        self._swarm.recall_peers(known)
+        while True:
+            await asyncio.sleep(KNOWN_PEERS_S)
+            now = self._swarm.known_peers()
+            if now != known:
+                try:
+                    await self._in_storage(self._known_peers.save, now)
+                except StorageError as exc:
+                    logger.error("known peers: %s", exc)  # noqa: TRY400 - the sentence says it all
+                known = now
 
     def _network_changed(self) -> None:
         """A cable, an address or a route is back: nobody waits out a pause that began without it."""

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from device.bundle_store import BundleStore, StagedBundle
@@ -88,6 +88,8 @@ MAX_DIALS: Final = 4
 ENOUGH_PEERS: Final = 16
 """Sessions with peers beyond which no more are dialed by ourselves."""
 TOLD_PEERS: Final = 64
+FIRST_PEER_RETRY_S: Final = 10.0
+MAX_PEER_RETRY_S: Final = 600.0
 DEFAULT_PORT: Final = 7443
 FETCH_WAIT_S: Final = 3.0
 """How long a question for metadata waits for a session to form when there is none."""
@@ -129,6 +131,8 @@ class Swarm:
         self._quarantined: dict[PeerKey, None] = {}
         self._rejected: dict[PeerKey, int] = {}
         self._told: dict[PeerKey, tuple[str, ...]] = {}
+        self._dial_at: dict[PeerKey, tuple[float, int]] = {}
+        """Of told peers that did not answer: when to dial again, and how often they did not."""
         self._dialing: dict[PeerKey, asyncio.Task[None]] = {}
         self._dial_slots = asyncio.Semaphore(MAX_DIALS)
         self._gateway_wanted = asyncio.Event()
@@ -206,8 +210,19 @@ class Swarm:
         self._dial_told()
 
     def _dial_told(self) -> None:
-        for key, addresses in list(self._told.items()):
-            self.dial(key, addresses)
+        """Peers that were named or met before, the latest first; one that does not answer after growing pauses."""
+        now = self._loop.time()
+        for key, addresses in reversed(list(self._told.items())):
+            if now >= self._dial_at.get(key, (0.0, 0))[0]:
+                self.dial(key, addresses)
+
+    def _left_unanswered(self, key: PeerKey) -> None:
+        failures = self._dial_at.pop(key, (0.0, 0))[1]
+        wait_s = min(FIRST_PEER_RETRY_S * 2.0**failures, MAX_PEER_RETRY_S)
+        due = self._loop.time() + wait_s * self._rng.uniform(0.5, 1.0)
+        self._dial_at[key] = (due, min(failures + 1, 16))
+        while len(self._dial_at) > TOLD_PEERS:
+            del self._dial_at[next(iter(self._dial_at))]
 
     def _introduce(self, link: PeerLink, transfer: Transfer) -> None:
         transfer.feed(e.PeerJoined(link.key))
@@ -253,6 +268,7 @@ class Swarm:
     def network_changed(self) -> None:
         """Our network is another or is back: whoever did not answer may answer now."""
         self._gateway_seen.set()
+        self._dial_at.clear()
         if self.wants_peers():
             self._dial_told()
 
@@ -390,6 +406,8 @@ class Swarm:
             except EdgeSyncError as exc:
                 self._gateway_problem = f"the gateway cannot be reached: {exc}"
                 # Full jitter: after an outage a thousand devices must not come back in step.
+                if self.wants_peers():
+                    self._dial_told()
                 wait = self._rng.uniform(0.1, min(FIRST_RETRY_S * 2.0**failures, MAX_RETRY_S))
             failures = min(failures + 1, 16)
             logger.debug("%s; again in %.1f s", self._gateway_problem, wait)
@@ -545,17 +563,30 @@ class Swarm:
                     logger.debug("peer %s at %s: %s", key[:12], text, exc)
                 else:
                     return
+        self._left_unanswered(key)
 
     def told_peer(self, key: PeerKey, address: str) -> None:
         """The gateway's signed list named a peer; it is dialed now if something is wanted, else when it is."""
-        known = self._told.pop(key, ())
-        if address not in known:
-            known = (address, *known)[:8]
+        known = self._remember(key, address)
+        if self.wants_peers():
+            self.dial(key, known)
+
+    def _remember(self, key: PeerKey, address: str) -> tuple[str, ...]:
+        known = (address, *(other for other in self._told.pop(key, ()) if other != address))[:8]
         self._told[key] = known
         while len(self._told) > TOLD_PEERS:
             del self._told[next(iter(self._told))]
-        if self.wants_peers():
-            self.dial(key, known)
+        return known
+
+    def known_peers(self) -> dict[PeerKey, tuple[str, ...]]:
+        """Peers that were named or met, and where, the latest last: worth keeping over a restart."""
+        return dict(self._told)
+
+    def recall_peers(self, peers: Mapping[PeerKey, tuple[str, ...]]) -> None:
+        """What ``known_peers`` said before a restart; dialed when something is wanted."""
+        for key, addresses in peers.items():
+            for address in reversed(addresses):
+                self._remember(key, address)
 
     async def candidate(self, candidate: Candidate) -> Verdict:
         """MDNS says a peer may be there: dial it and say whether the hint was true."""
@@ -612,6 +643,11 @@ class Swarm:
             await self._unlink(old)
         link = PeerLink(conn)
         self._links[key] = link
+        self._dial_at.pop(key, None)
+        if conn.dialed or conn.listen_port:
+            host, port = conn.address
+            port = port if conn.dialed else conn.listen_port
+            self._remember(key, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         conn.keep_alive = bool(self._transfers)
         for transfer in self._transfers.values():
             self._introduce(link, transfer)
