@@ -98,4 +98,4 @@ async def test_without_the_fast_path_it_works_the_same(monkeypatch: pytest.Monke
         conn = await right.connect(left)
         got = await gathered(conn.request(MANIFEST, ids))
         assert {hashlib.sha256(a.data).digest() for a in got} == set(ids)
-        assert left.endpoint.stats().datagrams_in > 20
+        assert left.endpoint.stats().datagrams_out > 1000
