@@ -17,6 +17,9 @@ BURST_S: Final = 0.004
 """Seconds of the rate that may leave at one wake-up."""
 QUANTUM_S: Final = 0.002
 """Seconds of the rate worth a wake-up: below, timers cost more than smoothness gains."""
+LATE_S: Final = 0.012
+"""A wake-up that comes late may make up for as much. Otherwise a machine that is busy with other things sends less than
+its rate, a model of the path takes that for what the path carries, and the next rate is lower still."""
 MIN_BURST: Final = 2
 MAX_BURST: Final = 128
 UNPACED_BURST: Final = 64
@@ -136,6 +139,10 @@ class Pacer:
         """Datagrams that may leave at a wake-up even where ``BURST_S`` of the rate is less."""
         self._credit = 0.0
         self._at: float | None = None
+        self._due: float | None = None
+        """When it promised to let something go, while nothing left since."""
+        self._late_bytes = 0.0
+        """What should have left since then."""
         self._limiters: dict[RateLimiter, int] = {}
 
     def set_rate(self, rate_bytes_s: float) -> None:
@@ -184,7 +191,8 @@ class Pacer:
             if have < want:
                 missing = (want - 1) * self.datagram_bytes - self._credit
                 # the shared caps are not asked: it would keep a turn it cannot use
-                return now + missing / self.rate_bytes_s + _SLACK_S
+                self._due = now + missing / self.rate_bytes_s + _SLACK_S
+                return self._due
         at: float | None = None
         for limiter, member in self._limiters.items():
             turn = limiter.next_turn(member, now=now, size_bytes=self.datagram_bytes)
@@ -196,6 +204,8 @@ class Pacer:
         """``size_bytes`` left (all datagrams of a wake-up together, or one by one)."""
         if self.rate_bytes_s > 0.0:
             self._credit -= size_bytes
+            self._late_bytes = max(0.0, self._late_bytes - size_bytes)
+            self._due = None
         for limiter, member in self._limiters.items():
             limiter.took(member, size_bytes)
 
@@ -211,7 +221,9 @@ class Pacer:
         elif now > self._at:
             self._credit += (now - self._at) * rate
             self._at = now
-        self._credit = min(self._credit, most)
+            if self._due is not None and now > self._due:
+                self._late_bytes = min(now - self._due, LATE_S) * rate
+        self._credit = min(self._credit, most + self._late_bytes)
         if self._credit < -_SLACK_BYTES:
             return 0
         return int((self._credit + _SLACK_BYTES) / size) + 1
