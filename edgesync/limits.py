@@ -87,6 +87,8 @@ MAX_QUESTION_FRAME_BYTES: Final = 16 * KIB
 MEMBER_WINDOW_BYTES: Final = 48 * KIB
 """Unread bytes a proven peer may have towards us beyond the answers we asked it for."""
 MEMBER_STREAM_WINDOW_BYTES: Final = 16 * KIB
+UNASKED_ANSWER_BYTES: Final = 1 * KIB
+"""What may come on a stream of ours before its own window is told: little, so that a capped receiver holds its cap."""
 DEFAULT_MAX_PIECE_BYTES: Final = 4 * MIB
 """A request whose manifest is not known yet accepts pieces up to this; its window is two of them."""
 MAX_CRYPTO_BYTES: Final = 16 * KIB

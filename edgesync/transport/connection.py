@@ -121,6 +121,10 @@ class PeerConnection:
         self._asking: dict[Stream, None] = {}
         self._answered = asyncio.Event()
         self._answered.set()
+        self._ahead: dict[Stream, int] = {}
+        """How far ahead of its reader each capped answer may be."""
+        self._paid_bytes = 0
+        """What of the wire the caps were charged for."""
         self._answered_bytes = 0
         self._peer: PeerIdentity | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -219,11 +223,12 @@ class PeerConnection:
         or nothing moved for ``stall_s`` seconds.
         """
         question = PieceQuestion(manifest, pieces, encodings, max_piece_bytes=max_piece_bytes)
-        async with self._asked(codec.encode(question.request)) as stream:
-            held = [cap for cap in self.receive_caps if cap.rate_bytes_s]
-            if held:
-                # Before the grant: what was granted once cannot be taken back.
-                stream.hold_back(min(cap.window_bytes(self.rtt) for cap in held))
+        held = [cap for cap in self.receive_caps if cap.rate_bytes_s]
+        # From the first byte on: what was granted once cannot be taken back.
+        window = min((cap.window_bytes(self.rtt) for cap in held), default=None)
+        if window is not None:
+            await self._pay(held, window)
+        async with self._asked(codec.encode(question.request), held_back=window) as stream:
             await stream.grant(2 * max_piece_bytes + limits.MEMBER_STREAM_WINDOW_BYTES)
             stream.follow_path()
             while question.waiting:
@@ -248,6 +253,8 @@ class PeerConnection:
             held = [cap for cap in self.receive_caps if cap.rate_bytes_s]
             if not held:
                 stream.hold_back(None)
+                self._ahead.pop(stream, None)
+                self._paid_bytes = self._link.wire_bytes_in
                 step = min(left, UNCAPPED_STEP_BYTES)
                 if step == length:
                     return await stream.read_exactly(length, stall_s=stall_s)
@@ -257,14 +264,23 @@ class PeerConnection:
                 if held:
                     window = min(cap.window_bytes(self.rtt) for cap in held)
                     stream.hold_back(window)
+                    self._ahead[stream] = window
                     step = min(left, window // 4)
-                    for cap in held:
-                        await cap.take(int(step * OVERHEAD))
+                    await self._pay(held)
                 body += await stream.read_exactly(step, stall_s=stall_s)
             finally:
                 for cap in held:
                     cap.streams -= 1
         return bytes(body)
+
+    async def _pay(self, held: Sequence[ReceiveCap], more: int = 0) -> None:
+        """Charge the caps with all that came since, whatever it was, and with what may come: windows and ``more``."""
+        may_come = int((sum(self._ahead.values()) + more) * OVERHEAD)
+        due = self._link.wire_bytes_in + may_come - self._paid_bytes
+        if due > 0:
+            self._paid_bytes += due
+            for cap in held:
+                await cap.take(due)
 
     async def _write_body(self, stream: Stream, data: bytes) -> None:
         """Bytes of an answer as fast as the caps allow; they may change meanwhile."""
@@ -290,12 +306,14 @@ class PeerConnection:
             return await _read_blob(stream, question, stall_s)
 
     @contextlib.asynccontextmanager
-    async def _asked(self, frame: bytes) -> AsyncIterator[Stream]:
+    async def _asked(self, frame: bytes, *, held_back: int | None = None) -> AsyncIterator[Stream]:
         """A stream with one question on it; a peer that breaks the rules on it is dropped."""
         async with self._questions:
-            stream = self._link.open_stream()
+            stream = self._link.open_stream(held_back)
             self._asking[stream] = None
             self._answered.clear()
+            if held_back is not None:
+                self._ahead[stream] = held_back
             try:
                 stream.write(frame, end=True)
                 yield stream
@@ -308,6 +326,7 @@ class PeerConnection:
                 del self._asking[stream]
                 if not self._asking:
                     self._answered.set()
+                self._ahead.pop(stream, None)
                 self._answered_bytes += stream.received
                 self._link.forget(stream)
 

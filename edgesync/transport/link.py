@@ -107,8 +107,9 @@ class Link:
         self.handshake_complete = False
         self.draining: set[Stream] = set()
         self.last_received = self.loop.time()
-        self.wire_bytes = 0
-        """In both directions, with the headers below QUIC."""
+        self.wire_bytes_in = 0
+        """With the headers below QUIC."""
+        self._wire_bytes_out = 0
         self.moved_in = 0
         self.moved_out = 0
         self._switchboard = switchboard
@@ -150,6 +151,10 @@ class Link:
     @property
     def name(self) -> str:
         return "QUIC"
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.wire_bytes_in + self._wire_bytes_out
 
     @property
     def controller_name(self) -> str:
@@ -305,12 +310,13 @@ class Link:
 
     # --- streams
 
-    def open_stream(self) -> Stream:
+    def open_stream(self, held_back: int | None = None) -> Stream:
         """Raises EdgeSyncError: the link is over."""
         if self.error is not None:
             raise self.error
         stream_id, quic_stream = self.quic.open_stream()
         stream = self._streams[stream_id] = QuicLinkStream(self, stream_id, quic_stream)
+        stream.begin(limits.MEMBER_STREAM_WINDOW_BYTES, held_back)
         return stream
 
     def forget(self, stream: Stream) -> None:
@@ -340,7 +346,7 @@ class Link:
         if self.quic.closing():
             return
         self.last_received = now
-        self.wire_bytes += sum(map(len, datagrams)) + IP_HEADERS_BYTES * len(datagrams)
+        self.wire_bytes_in += sum(map(len, datagrams)) + IP_HEADERS_BYTES * len(datagrams)
         self.quic.receive_datagrams(datagrams, address, now)
 
     def transmit_soon(self) -> None:
@@ -373,7 +379,7 @@ class Link:
             datagrams = self.quic.datagrams_to_send(now)
             if not datagrams:
                 break
-            self.wire_bytes += sum(len(data) + IP_HEADERS_BYTES for data, _to in datagrams)
+            self._wire_bytes_out += sum(len(data) + IP_HEADERS_BYTES for data, _to in datagrams)
             trouble = self._switchboard.send(datagrams)
             if trouble is not None and not self.handshake_complete and self.dialed:
                 self.lost(

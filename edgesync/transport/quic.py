@@ -223,6 +223,8 @@ class BoundedQuicConnection(QuicConnection):
         self._probes: list[int] = []
         """Sizes of datagrams that were asked for with ``send_probe``."""
         self._streams = _Streams()
+        # Only this much of an answer may come before the link has said how much it wants: it says so with the question.
+        self._local_max_stream_data_bidi_local = limits.UNASKED_ANSWER_BYTES
         for limit, value in (
             (self._local_max_streams_bidi, peer_streams),
             (self._local_max_streams_uni, 0),

@@ -58,6 +58,10 @@ class Carrier(Protocol):
         """What went over the wire in both directions, with headers, as near as it can be told."""
 
     @property
+    def wire_bytes_in(self) -> int:
+        """The same of what came."""
+
+    @property
     def name(self) -> str:
         """``QUIC`` or ``TLS``."""
 
@@ -95,7 +99,9 @@ class Carrier(Protocol):
     def widen(self, by: int) -> None: ...
     def narrow(self, by: int) -> None: ...
     def consumed(self, count: int) -> None: ...
-    def open_stream(self) -> "Stream": ...
+    def open_stream(self, held_back: int | None = None) -> "Stream":
+        """``held_back``: the peer may be no more than so many bytes ahead from the beginning."""
+
     def forget(self, stream: "Stream") -> None: ...
     def write(self, stream_id: int, data: bytes, *, end: bool) -> None: ...
     def reset(self, stream_id: int, code: ErrorCode) -> None: ...
@@ -152,6 +158,11 @@ class Stream:
         """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least."""
         self.follows_path = True
         self.widen_to(self._link.first_answer_window())
+
+    def begin(self, window: int, held_back: int | None) -> None:
+        """A stream of ours starts with this window, or with less."""
+        self._window = window
+        self.hold_back(held_back)
 
     def hold_back(self, window: int | None) -> None:
         """Let the peer be no more than ``window`` bytes ahead, whatever was granted; None: as granted."""

@@ -155,6 +155,10 @@ class TlsLink:
         return int(self._pipe.bytes_moved * TCP_OVERHEAD)
 
     @property
+    def wire_bytes_in(self) -> int:
+        return int(self._pipe.bytes_received * TCP_OVERHEAD)
+
+    @property
     def controller_name(self) -> str:
         return self._pipe.controller_name()
 
@@ -228,11 +232,13 @@ class TlsLink:
 
     # --- streams
 
-    def open_stream(self) -> Stream:
+    def open_stream(self, held_back: int | None = None) -> Stream:
         """Raises EdgeSyncError: the link is over."""
         if self.error is not None:
             raise self.error
         stream = self._streams[self._next_id] = MuxStream(self, self._next_id)
+        if held_back is not None:
+            stream.hold_back(held_back)
         self._next_id += 2
         stream.has_place = False
         self._placeless.append(stream)

@@ -193,6 +193,10 @@ class TlsPipe:
         """TLS bytes in both directions."""
         return self._received + self._sent
 
+    @property
+    def bytes_received(self) -> int:
+        return self._received
+
     def controller_name(self) -> str:
         """The kernel's congestion control for what is sent; empty where it does not tell."""
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from device.bundle_store import Bundle
+from edgesync import limits
 from edgesync.errors import EdgeSyncError
 from edgesync.ids import PieceId
 from edgesync.transport.connection import PieceAnswer
@@ -168,3 +169,17 @@ async def test_upload_limit_holds(tmp_path: Path) -> None:
         begun = asyncio.get_running_loop().time()
         await agent.fetch(content)
         assert asyncio.get_running_loop().time() - begun >= 2.4
+
+
+async def test_a_receiver_with_the_least_cap_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """Two pieces at 8 kB/s: one session from the beginning to the end."""
+    async with SwarmFleet(tmp_path) as fleet:
+        content = make_content(size=60_000, piece=30_000)
+        fleet.publish(content)
+        await fleet.start_gateway()
+        slow = await fleet.agent("slow", download_limit=limits.MIN_CAP_BYTES_S)
+        staged = await slow.fetch(content)
+        assert staged.complete
+        assert staged.counters.resumes == 0
+        (gateway,) = slow.swarm.peers()
+        assert gateway["bytes_in"] == content.wire_bytes
