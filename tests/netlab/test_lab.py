@@ -170,3 +170,26 @@ def test_a_small_scenario_end_to_end(tmp_path: Path) -> None:
     assert done.stdout.count("intact") == 2
     assert "fault" in done.stdout
     assert out.read_text().startswith('{\n "schema": "netlab/1"')
+
+
+@pytest.mark.parametrize("scenario", ["udp-blocked", "one-port"])
+def test_a_device_joins_and_gets_its_bundle_where_udp_is_blocked(
+    scenario: str, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    done = subprocess.run(
+        [sys.executable, "-m", "simulations.netlab", "run", scenario]
+        + ["--size", "2MB", "--keep", str(kept)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("intact") == 1
+    told = (kept / "plant-1.log").read_text()
+    assert "never retrieved" not in told, told
+    assert "Traceback" not in told, told
+    if scenario == "one-port":
+        asked = (kept / "proxy.log").read_text()
+        assert ":7443" in asked
+        assert ":8883" in asked
