@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.netbench.edgesync_fleet import EdgeSync, GatewayAndAgents, Ports, has_setting
+from benchmarks.netbench.edgesync_fleet import NAME, EdgeSync, Execution, assign, start_fleet
 from benchmarks.netbench.files import Http, await_listening, needs
 from benchmarks.netbench.links import MBIT, Link
 from benchmarks.netbench.results import Results, Row, Spread, goodputs, machine, revision
-from benchmarks.netbench.rig import Child, Host, LabError, Rig, behind, on_a_lan
+from benchmarks.netbench.rig import Rig, behind, on_a_lan
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED, run_once
 from benchmarks.netbench.transfer import Contender, Payload
+from simulations.netlab.fleet import Fleet, Ports
+from simulations.netlab.hosts import Child, Host, LabError
 
 SCHEMA = "edgesync.bench-fairness/1"
 RATE_BIT_S = 20 * MBIT
@@ -32,7 +34,6 @@ RTT_S = 0.1
 SETTLE_S = 10.0
 WINDOW_S = 60.0
 IPERF_PORT = 5201
-CONGESTION = "congestion"
 SHORT_QUEUE = Link(
     "short-queue", "20 Mbit/s, 100 ms RTT, 10 ms queue, no loss", RATE_BIT_S, RTT_S, queue_bdp=0.1
 )
@@ -92,7 +93,7 @@ class _Running:
         self._seconds = int(SETTLE_S + window_s + 30)
         self.flow = flow
         self._anchor = rig.spawn(host, f"anchor-{host.name}", ["sleep", "86400"])
-        self._fleet: GatewayAndAgents | None = None
+        self._fleet: Fleet | None = None
         self._client: Child | None = None
 
     def prepare(self, payload: Payload) -> None:
@@ -101,40 +102,36 @@ class _Running:
             server = self._rig.spawn(self._host, f"iperf3-{self._host.name}", argv)
             await_listening(server, IPERF_PORT)
             return
-        background = self.flow.ours == "background"
-        if background and has_setting("background", of_agent_only=True):
+        if self.flow.ours == "background":
             everyone, agent = {}, {"EDGESYNC_BACKGROUND": "true"}
-        elif has_setting(CONGESTION):
-            everyone, agent = {"EDGESYNC_CONGESTION": self.flow.ours}, {}
         else:
-            raise LabError(f"this version has no setting for {self.flow.label}")
-        self._fleet = GatewayAndAgents(
+            everyone, agent = {"EDGESYNC_CONGESTION": self.flow.ours}, {}
+        self._fleet = start_fleet(
             self._rig,
-            name=f"-{self._number}",
-            sites=[[self._host]],
+            name=f"gateway-{self._number}",
+            devices=[self._host],
             ports=Ports().plus(10 * self._number),
             environment=everyone,
             agent_environment=agent,
         )
-        self._fleet.start()
-        self._fleet.publish(payload)
+        self._fleet.publish(payload.path, NAME, "1")
 
     def start(self) -> None:
         if self._fleet is not None:
-            self._fleet.assign()
+            assign(self._rig, self._fleet, "1")
             return
         argv = ["iperf3", "--client", self._host.address, "--port", str(IPERF_PORT)]
         argv += ["--time", str(self._seconds), "--congestion", self.flow.tcp]
         self._client = self._rig.spawn(self._rig.source, f"client-{self._host.name}", argv)
 
     def received(self) -> int:
-        if self._client is not None and self._client.poll() is not None:
-            raise LabError(f"{self._client.name} ended early: {self._client.last_line()}")
-        if self._fleet is not None and self._fleet.agents[0].verified("1") is not None:
+        if self._client is not None:
+            self._client.check()
+        if self._fleet is not None and Execution(self._fleet.agents[0], "1").verified() is not None:
             raise LabError(
                 f"{self.flow.label} finished within the window: give a larger --window payload"
             )
-        return self._anchor.received_bytes(self._host.interface)
+        return self._anchor.received_bytes()
 
 
 def measure(case: Case, *, window_s: float, payload: Payload) -> Row:

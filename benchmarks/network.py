@@ -17,10 +17,11 @@ from benchmarks.netbench.edgesync_fleet import EdgeSync
 from benchmarks.netbench.files import Http, Rsync
 from benchmarks.netbench.links import LINKS, OF_SITES, Link
 from benchmarks.netbench.results import Results, goodputs, machine, revision
-from benchmarks.netbench.rig import LabError, behind
+from benchmarks.netbench.rig import behind
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED, run_once
 from benchmarks.netbench.swarms import Libtorrent, Syncthing
 from benchmarks.netbench.transfer import Contender, Payload
+from simulations.netlab.hosts import LabError
 
 SCHEMA = "edgesync.bench-network/1"
 

@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.netbench.results import machine, revision
 from benchmarks.netbench.single import CACHE, DOCS, MB
 from gateway.broker_config import BrokerSite, mosquitto_acl, mosquitto_conf
-from simulations.netlab.fleet import Agent, Fleet, make_tree, tree_hash
+from simulations.netlab.fleet import ENDED_BADLY, Agent, Fleet, make_tree, tree_hash
 from simulations.netlab.forwarder import Impairment
 from simulations.netlab.hosts import LabError
 from simulations.netlab.lab import SOURCE_ADDRESS, Lab, Site
@@ -80,7 +80,7 @@ class Watch:
         child = self._agent.child
         if child is not None:
             with contextlib.suppress(OSError):
-                reached = _received(child.pid, self._agent.host.interface) or reached
+                reached = child.received_bytes() or reached
         taken = Sample(time.monotonic(), there.out_bytes, there.in_bytes, back.out_bytes, reached)
         self.samples.append(taken)
         return taken
@@ -110,15 +110,6 @@ class Watch:
             if now.reached - before.reached >= MOVING_BYTES:
                 longest, began = max(longest, now.at - began), now.at
         return max(longest, (window[-1].at if window else until) - began)
-
-
-def _received(pid: int, interface: str) -> int | None:
-    """Bytes an interface received in the namespace of a process."""
-    for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
-        name, _, counters = line.strip().partition(":")
-        if name == interface:
-            return int(counters.split()[0])
-    return None
 
 
 class Bed:
@@ -164,7 +155,7 @@ class Bed:
     def done(self, version: str) -> bool:
         rows = [agent.execution(version) for agent in self.fleet.agents]
         for row in rows:
-            if row is not None and row[0] in {"failed", "timed_out", "rejected", "canceled"}:
+            if row is not None and row[0] in ENDED_BADLY:
                 raise LabError(f"a device ended with {row[0]}: {row[2]}")
         return all(row is not None and row[0] == "succeeded" for row in rows)
 
@@ -217,7 +208,8 @@ def bed(
     with Lab(seed=SEED) as lab:
         lab.add_site("plant", devices=devices, there=way, nat=nat)
         with Fleet(
-            lab,
+            lab.source,
+            lab.devices,
             folder,
             gateway_environment=gateway_environment,
             agent_environment=AS_SHIPPED,
@@ -514,7 +506,7 @@ class Broker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        host = self._fleet.lab.source
+        host = self._fleet.source
         mosquitto = shutil.which("mosquitto", path="/usr/sbin:/usr/bin") or "mosquitto"
         with (self._folder / "mosquitto.log").open("ab") as log:
             self._process = subprocess.Popen(

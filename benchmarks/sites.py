@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.netbench.edgesync_fleet import GatewayAndAgents
+from benchmarks.netbench.edgesync_fleet import NAME, assign, start_fleet, transfers
 from benchmarks.netbench.links import MBIT, Link
 from benchmarks.netbench.results import machine, revision
-from benchmarks.netbench.rig import LabError, Rig, behind, cpu_seconds
+from benchmarks.netbench.rig import Rig, behind
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED
 from benchmarks.netbench.transfer import Patience, Payload, watch
+from simulations.netlab.hosts import LabError, cpu_seconds
 
 SITES = 2
 DEVICES = 6
@@ -37,16 +38,12 @@ TIME_BAR = 1.3
 
 
 class Sites:
-    """A running fleet to which one bundle after another is brought, at whatever rate."""
+    """A fleet to which one bundle after another is brought, at whatever rate."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
-        self._fleet = GatewayAndAgents(rig)
+        self._fleet = start_fleet(rig)
         self._version = 0
-        self._payload_seed = SEED
-
-    def start(self) -> None:
-        self._fleet.start()
 
     def deliver(self, rate_bit_s: float, size: int) -> dict[str, Any]:
         """One new bundle to all devices at ``rate_bit_s``; the figures of this delivery. Raises LabError."""
@@ -55,12 +52,12 @@ class Sites:
         self._version += 1
         version = str(self._version)
         payload = Payload.make(CACHE, size, seed=SEED + self._version)
-        published = fleet.publish(payload, version)
+        published = fleet.publish(payload.path, NAME, version)
         shutil.rmtree(payload.path.parent, ignore_errors=True)
         forwarders = {pid: cpu_seconds(pid) for pid in rig.forwarder_pids()}
-        asked_at = fleet.assign(version)
+        asked_at = assign(rig, fleet, version)
         patience = Patience.for_payload(size, rate_bit_s, DEVICES, factor=1.5)
-        done = watch(payload, asked_at, fleet.transfers(payload, version), patience)
+        done = watch(payload, asked_at, transfers(fleet, payload, version), patience)
         cpu = rig.cpu_s() | {
             f"forwarder-{number}": round(cpu_seconds(pid) - before, 2)
             for number, (pid, before) in enumerate(forwarders.items(), 1)
@@ -76,7 +73,7 @@ class Sites:
         sites = []
         for number, hosts in enumerate(rig.sites):
             names = {host.name for host in hosts}
-            bundles = [a.bundle(version) or {} for a in fleet.agents if a.host.name in names]
+            bundles = [a.bundle(NAME, version) or {} for a in fleet.agents if a.name in names]
             results = [result for result in done if result.device in names]
             sites.append(
                 {
@@ -211,7 +208,6 @@ def main() -> int:
     try:
         with behind([link] * SITES, work) as rig, rig:
             sites = Sites(rig)
-            sites.start()
             rate = options.rate * MBIT if options.rate else sites.search()
             for number in range(1, options.repeat + 1):
                 rows.append(sites.deliver(rate, size))

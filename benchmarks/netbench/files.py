@@ -5,8 +5,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.netbench.rig import Child, LabError, Rig, await_that
+from benchmarks.netbench.rig import Rig
 from benchmarks.netbench.transfer import Payload, Transfer, disk_bytes
+from simulations.netlab.hosts import Child, await_that
 
 HTTP_PORT = 8080
 RSYNC_PORT = 8730
@@ -94,9 +95,8 @@ def of_process(fetch: Child, folder: Path, target: Path) -> Transfer:
     """A transfer that is one process: it begins with it and is verified when it ends with 0."""
 
     def verified() -> float | None:
-        code = fetch.poll()
-        if code is not None and code != 0:
-            raise LabError(f"{fetch.name} ended with {code}: {fetch.last_line()}")
+        if fetch.poll():
+            fetch.check()
         return fetch.ended_at
 
     return Transfer(
@@ -113,8 +113,7 @@ def await_listening(server: Child, port: int) -> None:
     wanted = f":{port:04X}"
 
     def listening() -> bool:
-        if server.poll() is not None:
-            raise LabError(f"{server.name} ended: {server.last_line()}")
+        server.check()
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{server.pid}/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()

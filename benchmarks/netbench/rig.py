@@ -6,45 +6,18 @@ It knows no contender. Everything started here is stopped by ``close``, in good 
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from benchmarks.netbench.links import Link
-from simulations.netlab import hosts
 from simulations.netlab.forwarder import Impairment
-from simulations.netlab.hosts import Host, LabError, cpu_seconds
+from simulations.netlab.hosts import Child, Host, cpu_seconds
 from simulations.netlab.lab import Lab
 
 Carried = tuple[int, int]
 """Bytes at IP level: towards the devices, and from them."""
-
-
-class Child(hosts.Child):
-    """A process that also knows when it began and ended, in Unix seconds."""
-
-    def __init__(
-        self, host: Host, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str]
-    ) -> None:
-        self.started_at = time.time()
-        self.ended_at: float | None = None
-        super().__init__(host, name, argv, log=log, env=env)
-
-    def poll(self) -> int | None:
-        code = super().poll()
-        if code is not None and self.ended_at is None:
-            self.ended_at = time.time()
-        return code
-
-    def received_bytes(self, interface: str) -> int:
-        """What came in on an interface of this process' host, link headers counted."""
-        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
-            name, _, counters = line.strip().partition(":")
-            if name == interface:
-                return int(counters.split()[0])
-        raise LabError(f"{self.host.name} has no interface {interface}")
 
 
 class Rig:
@@ -63,7 +36,6 @@ class Rig:
         self.source = source
         self.sites = [list(site) for site in sites]
         self.work = work
-        self.children: list[Child] = []
         self._lab = lab
         self._links = links
         self._wan_before = self._counters()
@@ -75,17 +47,17 @@ class Rig:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         for child in reversed(self.children):
             child.stop()
+
+    @property
+    def children(self) -> list[Child]:
+        """Every process so far, the source's first."""
+        return [child for host in (self.source, *self.devices) for child in host.children]
 
     @property
     def devices(self) -> list[Host]:
@@ -157,9 +129,7 @@ class Rig:
     def spawn(
         self, host: Host, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None
     ) -> Child:
-        child = Child(host, name, argv, log=self.work / f"{name}.log", env=env or {})
-        self.children.append(child)
-        return child
+        return host.start(name, argv, log=self.work / f"{name}.log", env=env)
 
 
 @contextmanager
@@ -186,27 +156,3 @@ def on_a_lan(work: Path) -> Iterator[Rig]:
         site = lab.add_site("lan", devices=2)
         source, device = site.devices
         yield Rig(lab, source, [[device]], work, links=[Link("lan", "a LAN", 0.0, 0.0)])
-
-
-def await_that(
-    what: str, condition: Callable[[], bool], *, timeout_s: float, every_s: float = 0.1
-) -> None:
-    """Poll until it is true. Raises LabError naming ``what``."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise LabError(f"gave up after {timeout_s:.0f} s waiting for {what}")
-        time.sleep(every_s)
-
-
-__all__ = [
-    "Carried",
-    "Child",
-    "Host",
-    "LabError",
-    "Rig",
-    "await_that",
-    "behind",
-    "cpu_seconds",
-    "on_a_lan",
-]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netbench.files import first_line, needs
-from benchmarks.netbench.rig import Child, Host, LabError, Rig, await_that
+from benchmarks.netbench.rig import Rig
 from benchmarks.netbench.transfer import Payload, Transfer, disk_bytes
+from simulations.netlab.hosts import Child, Host, LabError, await_that
 
 LIBTORRENT = "libtorrent==2.1.1"
 SYNCTHING_PORT = 22000
@@ -65,21 +66,20 @@ class Libtorrent:
         seed = [self._role, str(torrent), str(payload.path.parent), rig.source.address]
         seeder = rig.spawn(rig.source, "seeder", [*program, *seed, str(seed_status)])
         _await_file(seed_status, seeder)
-        transfers = []
+        peers, transfers = [], []
         rig.mark()
         for device in rig.devices:
             others = [h.address for h in (rig.source, *rig.devices) if h is not device]
             folder, status = rig.folder(device.name), rig.work / f"{device.name}.json"
             argv = [*program, "leech", str(torrent), str(folder), device.address, str(status)]
-            peer = rig.spawn(device, f"peer-{device.name}", [*argv, *others])
-            transfers.append(_of_status(peer, status, folder / payload.path.name))
-        return rig.children[-len(rig.devices)].started_at, transfers
+            peers.append(rig.spawn(device, f"peer-{device.name}", [*argv, *others]))
+            transfers.append(_of_status(peers[-1], status, folder / payload.path.name))
+        return peers[0].started_at, transfers
 
 
 def _await_file(path: Path, child: Child) -> None:
     def there() -> bool:
-        if child.poll() is not None:
-            raise LabError(f"{child.name} ended: {child.last_line()}")
+        child.check()
         return path.exists()
 
     await_that(f"{child.name} to start", there, timeout_s=START_TIMEOUT_S)
@@ -87,8 +87,7 @@ def _await_file(path: Path, child: Child) -> None:
 
 def _of_status(child: Child, path: Path, target: Path) -> Transfer:
     def fact(name: str) -> Any:
-        if child.poll() is not None:
-            raise LabError(f"{child.name} ended: {child.last_line()}")
+        child.check()
         return json.loads(path.read_text())[name] if path.exists() else None
 
     return Transfer(
@@ -213,8 +212,7 @@ class _Node:
         self._target = target
 
     def ask(self, method: str, path: str) -> Any:
-        if self.child.poll() is not None:
-            raise LabError(f"{self.child.name} ended: {self.child.last_line()}")
+        self.child.check()
         connection = http.client.HTTPConnection("localhost", timeout=60)
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(60)

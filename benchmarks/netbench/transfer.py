@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.netbench.rig import LabError, Rig
+from benchmarks.netbench.rig import Rig
+from simulations.netlab.fleet import write_random
+from simulations.netlab.hosts import LabError
 
 EARLY_SHARE = 0.25
 """Who has moved less than this share of what the link could by the early mark is stopped there: it is slow, not stuck,
@@ -33,10 +35,7 @@ class Payload:
         path = folder / f"payload-{size}-{seed}" / "payload.bin"
         if not path.exists() or path.stat().st_size != size:
             path.parent.mkdir(exist_ok=True)
-            rng = random.Random(seed)
-            with path.open("wb") as file:
-                for start in range(0, size, 1 << 20):
-                    file.write(rng.randbytes(min(1 << 20, size - start)))
+            write_random(path, size, random.Random(seed))
         with path.open("rb") as file:
             return Payload(path, size, hashlib.file_digest(file, "sha256").hexdigest(), seed)
 

@@ -11,20 +11,16 @@ import random
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from edgesync.errors import EdgeSyncError
 from edgesync.io import control
-from simulations.netlab.hosts import Child, Host, LabError
-from simulations.netlab.lab import Lab
+from simulations.netlab.hosts import Child, Host, LabError, await_that
 
 COMMAND: Final = [sys.executable, "-m", "edgesync"]
-QUIC_PORT: Final = 7443
-MQTT_PORT: Final = 8883
-HTTP_PORT: Final = 7480
 START_TIMEOUT_S: Final = 120.0
 _READY: Final = (
     "import sys,urllib.request as r;"
@@ -50,7 +46,8 @@ class Agent:
 
     def start(self) -> None:
         argv = [*COMMAND, "agent", "run", "--data", str(self.data)]
-        self.child = self.host.start(self.name, argv, log=self.log, env=self._environment)
+        name = f"agent-{self.name}"
+        self.child = self.host.start(name, argv, log=self.log, env=self._environment)
 
     def kill(self) -> None:
         if self.child is not None:
@@ -67,10 +64,8 @@ class Agent:
 
     def check(self) -> None:
         """Raises LabError: its process ended by itself."""
-        if self.child is not None and self.child.poll() is not None:
-            raise LabError(
-                f"{self.name} ended with {self.child.exit_code}: {self.child.last_line()}"
-            )
+        if self.child is not None:
+            self.child.check()
 
     def status(self) -> dict[str, Any] | None:
         """What `agent status --json` says, or None while it does not answer."""
@@ -78,6 +73,10 @@ class Agent:
         with contextlib.suppress(EdgeSyncError, OSError):
             return control.ask(self.data, {"op": "status"})
         return None
+
+    def is_connected(self) -> bool:
+        status = self.status()
+        return status is not None and bool(status["gateway"]["connected"])
 
     def bundle(self, name: str, version: str) -> dict[str, Any] | None:
         for bundle in (self.status() or {}).get("bundles", []):
@@ -101,24 +100,44 @@ class Agent:
         return None
 
 
+@dataclass(frozen=True)
+class Ports:
+    """Where a gateway listens."""
+
+    quic: int = 7443
+    mqtt: int = 8883
+    http: int = 7480
+
+    def plus(self, number: int) -> "Ports":
+        """Those of another gateway on the same host."""
+        return Ports(self.quic + number, self.mqtt + number, self.http + number)
+
+
 class Fleet:
-    """A gateway at the laboratory's source and an agent on every device, up to the moment before an assignment."""
+    """A gateway and an agent on every device of its sites, up to the moment before an assignment."""
 
     def __init__(
         self,
-        lab: Lab,
+        source: Host,
+        sites: Mapping[str, Sequence[Host]],
         work: Path,
         *,
+        name: str = "gateway",
+        ports: Ports | None = None,
         gateway_environment: Mapping[str, str] | None = None,
         agent_environment: Mapping[str, str] | None = None,
         log: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self.lab = lab
+        """``source``: the gateway's host; ``name`` and ``ports`` keep several gateways there apart."""
+        self.source = source
         self.work = work
-        self.data = work / "gateway"
+        self.data = work / name
         self.gateway: Child | None = None
         self.gateway_cpu_s = 0.0
         self.agents: list[Agent] = []
+        self._sites = sites
+        self._name = name
+        self._ports = ports or Ports()
         self._gateway_environment = dict(gateway_environment or {})
         # A laboratory's outages are minutes, not nights.
         self._agent_environment = {"EDGESYNC_RECONNECT_MAX": "5s", **(agent_environment or {})}
@@ -143,29 +162,28 @@ class Fleet:
 
     def init(self) -> None:
         self._log("making the gateway")
-        advertise = f"{self.lab.source.address}:{QUIC_PORT}"
+        advertise = f"{self.source.address}:{self._ports.quic}"
         data = ("--data", str(self.data))
-        self.command(self.lab.source, "gateway", "init", "lab", "--advertise", advertise, *data)
+        self.command(self.source, "gateway", "init", "lab", "--advertise", advertise, *data)
 
     def start_gateway(self) -> None:
-        address = self.lab.source.address
+        address, ports = self.source.address, self._ports
         argv = [*COMMAND, "gateway", "run", "--data", str(self.data)]
-        argv += ["--listen-quic", f"{address}:{QUIC_PORT}"]
-        argv += ["--listen-mqtt", f"{address}:{MQTT_PORT}"]
-        argv += ["--listen-http", f"127.0.0.1:{HTTP_PORT}"]
-        log = self.work / "gateway.log"
-        self.gateway = self.lab.source.start(
-            "gateway", argv, log=log, env=self._gateway_environment
-        )
-        self.wait("the gateway to be ready", self._ready, timeout_s=START_TIMEOUT_S)
+        argv += ["--listen-quic", f"{address}:{ports.quic}"]
+        argv += ["--listen-mqtt", f"{address}:{ports.mqtt}"]
+        argv += ["--listen-http", f"127.0.0.1:{ports.http}"]
+        log = self.work / f"{self._name}.log"
+        gateway = self.source.start(self._name, argv, log=log, env=self._gateway_environment)
+        self.gateway = gateway
 
-    def _ready(self) -> bool:
-        if self.gateway is not None and self.gateway.poll() is not None:
-            raise LabError(f"the gateway ended: {self.gateway.last_line()}")
-        with contextlib.suppress(LabError):
-            self.lab.source.call(sys.executable, "-c", _READY, str(HTTP_PORT))
-            return True
-        return False
+        def ready() -> bool:
+            gateway.check()
+            with contextlib.suppress(LabError):
+                self.source.call(sys.executable, "-c", _READY, str(ports.http))
+                return True
+            return False
+
+        await_that("the gateway to be ready", ready, timeout_s=START_TIMEOUT_S)
 
     def kill_gateway(self) -> None:
         if self.gateway is not None:
@@ -179,23 +197,16 @@ class Fleet:
             self.gateway_cpu_s += self.gateway.cpu_s()
             self.gateway = None
 
-    def gateway_status(self) -> dict[str, Any]:
-        data = ("--data", str(self.data), "--json")
-        status: dict[str, Any] = json.loads(
-            self.command(self.lab.source, "gateway", "status", *data)
-        )
-        return status
-
     # --- devices
 
     def join_all(self) -> None:
         """Every device of every site joins and starts; returns when all reach the gateway."""
-        for site in self.lab.sites:
-            count = str(len(site.devices))
+        for site, hosts in self._sites.items():
+            count = str(len(hosts))
             arguments = ["token", "create", "--ttl", "1h", "--uses", count, "--auto-accept"]
-            arguments += ["--site", site.name, "--json", "--data", str(self.data)]
-            token = json.loads(self.command(self.lab.source, *arguments))["token"]
-            for host in site.devices:
+            arguments += ["--site", site, "--json", "--data", str(self.data)]
+            token = json.loads(self.command(self.source, *arguments))["token"]
+            for host in hosts:
                 self._log(f"{host.name} joins")
                 data = self.work / host.name
                 join = ("agent", "join", "--token-file", "-", "--id", host.name)
@@ -206,7 +217,7 @@ class Fleet:
                 self.agents.append(agent)
         for agent in self.agents:
             what = f"{agent.name} to reach the gateway"
-            self.wait(what, lambda agent=agent: _connected(agent), timeout_s=START_TIMEOUT_S)  # type: ignore[misc]
+            await_that(what, agent.is_connected, timeout_s=START_TIMEOUT_S)
 
     def agent(self, name: str) -> Agent:
         return next(agent for agent in self.agents if agent.name == name)
@@ -217,28 +228,13 @@ class Fleet:
         """What `publish bundle --json` printed."""
         arguments = ("publish", "bundle", str(tree), f"{name}@{version}", "--json")
         published: dict[str, Any] = json.loads(
-            self.command(self.lab.source, *arguments, "--data", str(self.data))
+            self.command(self.source, *arguments, "--data", str(self.data))
         )
         return published
 
     def assign(self, name: str, version: str) -> None:
         arguments = ("assign", f"{name}@{version}", "--all", "--data", str(self.data))
-        self.command(self.lab.source, *arguments)
-
-    # --- waiting
-
-    def wait(self, what: str, condition: Callable[[], bool], *, timeout_s: float) -> None:
-        """Poll ``condition``. Raises LabError naming ``what``."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise LabError(f"gave up after {timeout_s:.0f} s waiting for {what}")
-            time.sleep(0.1)
-
-
-def _connected(agent: Agent) -> bool:
-    status = agent.status()
-    return status is not None and bool(status["gateway"]["connected"])
+        self.command(self.source, *arguments)
 
 
 def make_tree(folder: Path, *, size: int, files: int, seed: int) -> None:
@@ -249,11 +245,14 @@ def make_tree(folder: Path, *, size: int, files: int, seed: int) -> None:
     for number in range(files):
         share = left // (files - number)
         left -= share
-        with (folder / f"part-{number:04}").open("wb") as file:
-            while share:
-                step = min(share, 1_000_000)
-                file.write(rng.randbytes(step))
-                share -= step
+        write_random(folder / f"part-{number:04}", share, rng)
+
+
+def write_random(path: Path, size: int, rng: random.Random) -> None:
+    """A file that no compression makes smaller."""
+    with path.open("wb") as file:
+        for start in range(0, size, 1_000_000):
+            file.write(rng.randbytes(min(1_000_000, size - start)))
 
 
 def tree_hash(folder: Path) -> str:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -23,20 +23,42 @@ class LabError(Exception):
     """The laboratory could not do what it was asked; the sentence says what and why."""
 
 
-def run(*argv: str, stdin: str = "", timeout_s: float = 60.0) -> str:
-    """A command to its end. Raises LabError: it failed, or took too long."""
+def run(
+    *argv: str,
+    stdin: str = "",
+    timeout_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    inside: "Host | None" = None,
+) -> str:
+    """A command to its end, and what it printed. Raises LabError: it failed, or took too long."""
+    said = f"`{' '.join(argv)}`" + (f" in {inside.name}" if inside is not None else "")
     try:
         done = subprocess.run(
-            argv, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+            argv if inside is None else inside.inside(argv),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=env,
+            check=False,
         )
     except FileNotFoundError as exc:
-        raise LabError(f"`{argv[0]}` is not installed") from exc
+        raise LabError(f"`{exc.filename}` is not installed") from exc
     except subprocess.TimeoutExpired as exc:
-        raise LabError(f"`{' '.join(argv)}` took more than {timeout_s:.0f} s") from exc
+        raise LabError(f"{said} took more than {timeout_s:.0f} s") from exc
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit {done.returncode}"]
-        raise LabError(f"`{' '.join(argv)}`: {said[0]}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise LabError(f"{said}: {lines[-1] if lines else f'exit {done.returncode}'}")
     return done.stdout
+
+
+def await_that(what: str, condition: Callable[[], bool], *, timeout_s: float) -> None:
+    """Poll until it is true. Raises LabError naming ``what``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LabError(f"gave up after {timeout_s:.0f} s waiting for {what}")
+        time.sleep(0.1)
 
 
 def need_root() -> None:
@@ -55,6 +77,8 @@ class Host:
     interface: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     """For every command in it."""
+    children: list["Child"] = field(default_factory=list, repr=False, compare=False)
+    """Every process ``start`` made, in order; ended ones too."""
 
     def inside(self, argv: Sequence[str]) -> list[str]:
         """The command, run in this host; ``ip netns exec`` becomes it, so the process id is the command's."""
@@ -67,32 +91,16 @@ class Host:
         timeout_s: float = 120.0,
         env: Mapping[str, str] | None = None,
     ) -> str:
-        """Run a command to its end and return what it printed. Raises LabError."""
-        try:
-            done = subprocess.run(
-                self.inside(argv),
-                input=stdin,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                env=clean_environment() | self.environment | dict(env or {}),
-                check=False,
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise LabError(
-                f"`{' '.join(argv)}` in {self.name} took more than {timeout_s:.0f} s"
-            ) from exc
-        if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise LabError(
-                f"`{' '.join(argv)}` in {self.name}: {(said or [f'exit {done.returncode}'])[0]}"
-            )
-        return done.stdout
+        """As ``run``, in this host and without this machine's own settings. Raises LabError."""
+        environment = clean_environment() | self.environment | dict(env or {})
+        return run(*argv, stdin=stdin, timeout_s=timeout_s, env=environment, inside=self)
 
     def start(
         self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None
     ) -> "Child":
-        return Child(self, name, argv, log=log, env=env or {})
+        child = Child(self, name, argv, log=log, env=env or {})
+        self.children.append(child)
+        return child
 
     def ip(self, *arguments: str) -> str:
         return run("ip", "-n", self.namespace, *arguments)
@@ -164,6 +172,9 @@ class Child:
         self.name = name
         self.log = log
         self.exit_code: int | None = None
+        self.started_at = time.time()
+        self.ended_at: float | None = None
+        """Both in Unix seconds; the end when it was first seen."""
         self._cpu_s = 0.0
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -183,12 +194,26 @@ class Child:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 self.exit_code = self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.ended_at = time.time()
                 self._cpu_s = usage.ru_utime + usage.ru_stime
         return self.exit_code
+
+    def check(self) -> None:
+        """Raises LabError: it has ended."""
+        if self.poll() is not None:
+            raise LabError(f"{self.name} ended with {self.exit_code}: {self.last_line()}")
 
     def cpu_s(self) -> float:
         """User and system seconds so far."""
         return cpu_seconds(self.pid) if self.poll() is None else self._cpu_s
+
+    def received_bytes(self) -> int:
+        """What came in on its host's interface, link headers counted. Raises OSError: the process is gone."""
+        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
+            name, _, counters = line.strip().partition(":")
+            if name == self.host.interface:
+                return int(counters.split()[0])
+        raise LabError(f"{self.host.name} has no interface {self.host.interface}")
 
     def kill(self) -> None:
         """SIGKILL, as a power switch would."""

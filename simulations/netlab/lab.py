@@ -187,6 +187,11 @@ class Lab:
         raise LabError(f"{host.name} is at no site")
 
     @property
+    def devices(self) -> dict[str, list[Host]]:
+        """By the name of their site."""
+        return {site.name: site.devices for site in self.sites}
+
+    @property
     def hosts(self) -> list[Host]:
         return [self.source, *(host for site in self.sites for host in site.devices)]
 

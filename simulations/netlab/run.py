@@ -131,7 +131,8 @@ class _Run:
         self.timeline = _Timeline(scenario.faults)
         self._outages: dict[str, int] = {}
         self.fleet = Fleet(
-            lab,
+            lab.source,
+            lab.devices,
             work,
             gateway_environment=scenario.gateway_environment,
             agent_environment=scenario.agent_environment,
