@@ -6,7 +6,6 @@ the machine with it, so rates are to be read against each other. Loopback only.
 
 import asyncio
 import json
-import os
 import shutil
 import ssl
 import tempfile
@@ -16,16 +15,12 @@ from pathlib import Path
 from edgesync.identity import Identity
 from edgesync.io.mqtt import LinkConfig, client_context
 from edgesync.wire import topics
+from simulations.netlab.hosts import cpu_seconds
 from tests.contract.brokers import GATEWAY, BrokerProcess, Fleet, until
 
 MIB = 1024 * 1024
 REPORTS = 10
 CONNECTED, GRANTED = 4, 5
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def text(value: str) -> bytes:
@@ -96,10 +91,10 @@ async def measure(kind: str, count: int, directory: Path) -> dict[str, object]:
             async with gate:
                 await client.connect()
 
-        began, used = time.perf_counter(), cpu_s(pid)
+        began, used = time.perf_counter(), cpu_seconds(pid)
         await asyncio.gather(*(enter(client) for client in clients))
         out["connects_per_s"] = round(count / (time.perf_counter() - began))
-        out["connect_cpu_ms"] = round(1000 * (cpu_s(pid) - used) / count, 2)
+        out["connect_cpu_ms"] = round(1000 * (cpu_seconds(pid) - used) / count, 2)
         out["rss_mib"] = round(broker.rss_bytes() / MIB, 1)
         link = broker.link(broker.fleet.gateway, config=LinkConfig.for_gateway())
         running = asyncio.create_task(link.run())
@@ -108,15 +103,15 @@ async def measure(kind: str, count: int, directory: Path) -> dict[str, object]:
         await link.publish(topics.presence(GATEWAY), bytes(2048), qos=1, retain=True)
         await asyncio.gather(*(client.receive() for client in clients))
         out["fan_out_2kib_last_ms"] = round(1000 * (time.perf_counter() - began))
-        began, used = time.perf_counter(), cpu_s(pid)
+        began, used = time.perf_counter(), cpu_seconds(pid)
         await asyncio.gather(*(client.report() for client in clients))
         await until(lambda: len(link.inbox) >= REPORTS * count, timeout_s=120)
         out["fan_in_per_s"] = round(REPORTS * count / (time.perf_counter() - began))
-        out["fan_in_cpu_us"] = round(1e6 * (cpu_s(pid) - used) / (REPORTS * count))
+        out["fan_in_cpu_us"] = round(1e6 * (cpu_seconds(pid) - used) / (REPORTS * count))
         await asyncio.sleep(2)
-        used = cpu_s(pid)
+        used = cpu_seconds(pid)
         await asyncio.sleep(10)
-        out["idle_cpu_percent"] = round(10 * (cpu_s(pid) - used), 2)
+        out["idle_cpu_percent"] = round(10 * (cpu_seconds(pid) - used), 2)
         out["rss_after_mib"] = round(broker.rss_bytes() / MIB, 1)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

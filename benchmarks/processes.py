@@ -1,6 +1,5 @@
 """Start-up of the command, and what an idle agent costs: processor time and memory."""
 
-import os
 import resource
 import statistics
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 from edgesync.demo.fleet import COMMAND, Fleet
+from simulations.netlab.hosts import cpu_seconds
 
 HELP_RUNS = 11
 IDLE_S = 30.0
@@ -47,20 +47,15 @@ def _idle() -> list[str]:
         assert device.process is not None
         rows = []
         pids = {"agent": device.process.pid, "gateway": fleet.gateway_pid}
-        before = {name: cpu_s(pid) for name, pid in pids.items()}
+        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
         time.sleep(IDLE_S)
         for name, pid in pids.items():
-            percent = 100 * (cpu_s(pid) - before[name]) / IDLE_S
+            percent = 100 * (cpu_seconds(pid) - before[name]) / IDLE_S
             bar = f"; bar {IDLE_BAR_PERCENT} %" if name == "agent" else ""
             rows.append(f"idle {name}: {percent:.2f} % of a core over {IDLE_S:.0f} s{bar}")
             bar = f"; bar {IDLE_RSS_BAR_MB} MB" if name == "agent" else ""
             rows.append(f"idle {name}: {rss_mb(pid):.1f} MB resident{bar}")
         return rows
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rss_mb(pid: int) -> float:

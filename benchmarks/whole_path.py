@@ -5,16 +5,16 @@ payload over the time from the agent's first to its last counted byte; both proc
 """
 
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.processes import cpu_s
 from edgesync.demo.fleet import Fleet
 from edgesync.demo.run import assign, publish
+from simulations.netlab.fleet import make_tree
+from simulations.netlab.hosts import cpu_seconds
 
 SIZE = 300_000_000
 SAMPLE_S = 0.05
@@ -28,11 +28,7 @@ def measure(size: int = SIZE) -> dict[str, float]:
         Fleet(Path(work)) as fleet,
     ):
         tree = Path(work) / "tree"
-        tree.mkdir()
-        rng = random.Random(11)
-        with (tree / "payload").open("wb") as file:
-            for _ in range(size // 1_000_000):
-                file.write(rng.randbytes(1_000_000))
+        make_tree(tree, size=size, files=1, seed=11)
         fleet.init_gateway()
         fleet.start_gateway()
         device = fleet.join("device-1")
@@ -41,7 +37,7 @@ def measure(size: int = SIZE) -> dict[str, float]:
         publish(fleet, tree, "1", name="big")
         assert device.process is not None
         pids = {"gateway": fleet.gateway_pid, "agent": device.process.pid}
-        before = {name: cpu_s(pid) for name, pid in pids.items()}
+        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
         assign(fleet, "1", name="big")
         first: tuple[float, int] | None = None
         while True:
@@ -56,7 +52,8 @@ def measure(size: int = SIZE) -> dict[str, float]:
         assert first is not None
         rate = (done - first[1]) / (now - first[0]) / 1e6
         cpu = {
-            name: 1000 * (cpu_s(pid) - before[name]) / (size / 1e6) for name, pid in pids.items()
+            name: 1000 * (cpu_seconds(pid) - before[name]) / (size / 1e6)
+            for name, pid in pids.items()
         }
         return {"MB/s": rate, **{f"{name} ms/MB": value for name, value in cpu.items()}}
 
