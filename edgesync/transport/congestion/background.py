@@ -80,12 +80,10 @@ class BackgroundController(CongestionController):
         self._bound()
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
-        self.bytes_in_flight += packet.sent_bytes
-        self._sent += packet.sent_bytes
+        self.on_burst_sent((packet,))
 
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
-        self.bytes_in_flight = max(0, self.bytes_in_flight - packet.sent_bytes)
-        self._acked += packet.sent_bytes
+        self.on_burst_acked((packet,), now)
 
     def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
         size = sum([packet.sent_bytes for packet in packets])

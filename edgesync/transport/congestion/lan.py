@@ -54,8 +54,7 @@ class LanController(CongestionController):
         self._bound()
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
-        self.bytes_in_flight += packet.sent_bytes
-        self._limited = False
+        self.on_burst_sent((packet,))
 
     def on_burst_sent(self, packets: Sequence[QuicSentPacket]) -> None:
         self.bytes_in_flight += sum([packet.sent_bytes for packet in packets])
