@@ -35,9 +35,8 @@ from edgesync.transport.flow import Budget
 from edgesync.transport.interfaces import Way, source_towards
 from edgesync.transport.pmtud import BASE_BYTES
 from edgesync.transport.quic import BoundedQuicConnection
-from edgesync.transport.streams import LinkOwner, Stream
+from edgesync.transport.streams import GrantedWindow, LinkOwner, Stream
 from edgesync.transport.udp import Address
-from edgesync.transport.window import WindowTuner
 
 if TYPE_CHECKING:
     from edgesync.transport.switchboard import Switchboard
@@ -85,7 +84,7 @@ class QuicLinkStream(Stream):
         return self._quic_stream.receiver.highest_offset
 
 
-class Link:
+class Link(GrantedWindow):
     def __init__(
         self,
         quic: BoundedQuicConnection,
@@ -96,6 +95,7 @@ class Link:
         dialed: bool,
         budget: Budget,
     ) -> None:
+        super().__init__()
         self.loop = asyncio.get_running_loop()
         self.quic = quic
         self.owner = owner
@@ -114,11 +114,7 @@ class Link:
         self.moved_out = 0
         self._switchboard = switchboard
         self._streams: dict[int, Stream] = {}
-        self._consumed = 0
-        self._tuner = WindowTuner()
         self._window_cap = 0
-        self._window = limits.UNPROVEN_WINDOW_BYTES
-        self._base = limits.UNPROVEN_WINDOW_BYTES
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self.connection_ids: set[bytes] = set()
@@ -184,15 +180,12 @@ class Link:
 
     # --- windows
 
-    def set_base_window(self, window: int) -> None:
-        """Unread bytes allowed besides granted answers; the caller reserved the difference."""
-        self._window += window - self._base
-        self._base = window
-        self.consumed(0)
+    def _granted(self) -> int:
+        return self.quic.connection_limit()
 
-    def first_answer_window(self) -> int:
-        """How far ahead of its reader a new answer on this path should be."""
-        return self._tuner.begin(rtt=self.quic.smoothed_rtt())
+    def _grant(self, limit: int) -> None:
+        self.quic.set_connection_limit(limit)
+        self.transmit_soon()
 
     @property
     def send_ahead(self) -> int:
@@ -218,32 +211,6 @@ class Link:
         self.draining.discard(stream)
         if not self.draining:
             self._switchboard.sending.pop(self, None)
-
-    @property
-    def base_window(self) -> int:
-        return self._base
-
-    def widen(self, by: int) -> None:
-        self._window += by
-        self.consumed(0)
-
-    def narrow(self, by: int) -> None:
-        self._window -= by
-
-    def consumed(self, count: int) -> None:
-        self._consumed += count
-        if self.error is not None:
-            return
-        if count and self._tuner.consumed(
-            count, now=self.loop.time(), rtt=self.quic.smoothed_rtt()
-        ):
-            for stream in self._streams.values():
-                if stream.follows_path:
-                    stream.widen_to(self._tuner.window)
-        limit = self._consumed + self._window
-        if limit - self.quic.connection_limit() >= self._window // 4:
-            self.quic.set_connection_limit(limit)
-            self.transmit_soon()
 
     # --- the path
 

@@ -8,7 +8,9 @@ Invariants: a peer's window grows only by what was consumed here; every granted 
 wait on a stream ends, by data, by the peer, by the stall timeout or with the link. Event loop only.
 """
 
+import abc
 import asyncio
+from collections.abc import Mapping
 from typing import Protocol
 
 from edgesync import limits
@@ -26,6 +28,7 @@ from edgesync.transport.flow import Budget
 from edgesync.transport.patience import silence_s
 from edgesync.transport.read_buffer import ReadBuffer
 from edgesync.transport.udp import Address
+from edgesync.transport.window import WindowTuner
 from edgesync.wire import codec
 from edgesync.wire.messages import Message
 
@@ -114,6 +117,65 @@ class Carrier(Protocol):
         self, code: ErrorCode, reason: str = "", *, error: EdgeSyncError | None = None
     ) -> None: ...
     def lost(self, error: EdgeSyncError) -> None: ...
+
+
+class GrantedWindow(abc.ABC):
+    """How far a connection's peer may be ahead of its readers: a base, and what answers were granted besides.
+
+    Every carrier is one. Whoever widens it has reserved the bytes; it grows otherwise only by what was consumed.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    error: EdgeSyncError | None
+    _streams: Mapping[int, "Stream"]
+
+    def __init__(self) -> None:
+        self._consumed = 0
+        self._window = self._base = limits.UNPROVEN_WINDOW_BYTES
+        self._tuner = WindowTuner()
+
+    @abc.abstractmethod
+    def smoothed_rtt(self) -> float: ...
+
+    @abc.abstractmethod
+    def _granted(self) -> int:
+        """The offset up to which the peer was told it may send, of all streams together."""
+
+    @abc.abstractmethod
+    def _grant(self, limit: int) -> None: ...
+
+    @property
+    def base_window(self) -> int:
+        return self._base
+
+    def set_base_window(self, window: int) -> None:
+        """Unread bytes allowed besides granted answers; the caller reserved the difference."""
+        self._window += window - self._base
+        self._base = window
+        self.consumed(0)
+
+    def first_answer_window(self) -> int:
+        """How far ahead of its reader a new answer on this path should be."""
+        return self._tuner.begin(rtt=self.smoothed_rtt())
+
+    def widen(self, by: int) -> None:
+        self._window += by
+        self.consumed(0)
+
+    def narrow(self, by: int) -> None:
+        self._window -= by
+
+    def consumed(self, count: int) -> None:
+        self._consumed += count
+        if self.error is not None:
+            return
+        if count and self._tuner.consumed(count, now=self.loop.time(), rtt=self.smoothed_rtt()):
+            for stream in self._streams.values():
+                if stream.follows_path:
+                    stream.widen_to(self._tuner.window)
+        limit = self._consumed + self._window
+        if limit - self._granted() >= self._window // 4:
+            self._grant(limit)
 
 
 class Stream:

@@ -33,10 +33,9 @@ from edgesync.transport import mux
 from edgesync.transport.flow import Budget
 from edgesync.transport.mux import CONNECTION, FrameType
 from edgesync.transport.read_buffer import ReadBuffer
-from edgesync.transport.streams import LinkOwner, Stream
+from edgesync.transport.streams import GrantedWindow, LinkOwner, Stream
 from edgesync.transport.tls_pipe import TlsPipe, tune
 from edgesync.transport.udp import Address
-from edgesync.transport.window import WindowTuner
 
 STREAM_WINDOW: Final = limits.MEMBER_STREAM_WINDOW_BYTES
 """What a new stream may carry before its receiver says more."""
@@ -80,7 +79,7 @@ class MuxStream(Stream):
             self._mux.tell_window(self.id, limit)
 
 
-class TlsLink:
+class TlsLink(GrantedWindow):
     def __init__(
         self,
         sock: socket.socket,
@@ -95,6 +94,7 @@ class TlsLink:
         protocols: tuple[str, ...],
     ) -> None:
         """The caller reserved UNPROVEN_WINDOW_BYTES; ``door`` holds the strangers, this link too until it is proven."""
+        super().__init__()
         self.loop = asyncio.get_running_loop()
         self.owner = owner
         self.address = address
@@ -126,9 +126,6 @@ class TlsLink:
         self._limit = limits.UNPROVEN_WINDOW_BYTES
         self._received = 0
         self._told = limits.UNPROVEN_WINDOW_BYTES
-        self._consumed = 0
-        self._window = self._base = limits.UNPROVEN_WINDOW_BYTES
-        self._tuner = WindowTuner()
         self._reader = mux.FrameReader()
         self._pump_soon = False
         self._raw = 0
@@ -190,41 +187,16 @@ class TlsLink:
 
     # --- windows
 
-    def set_base_window(self, window: int) -> None:
-        self._window += window - self._base
-        self._base = window
-        self.consumed(0)
+    def _granted(self) -> int:
+        return self._told
 
-    @property
-    def base_window(self) -> int:
-        return self._base
+    def _grant(self, limit: int) -> None:
+        self._told = limit
+        self.tell_window(CONNECTION, limit)
 
     @property
     def send_ahead(self) -> int:
         return limits.SEND_BACKLOG_BYTES
-
-    def first_answer_window(self) -> int:
-        return self._tuner.begin(rtt=self._rtt)
-
-    def widen(self, by: int) -> None:
-        self._window += by
-        self.consumed(0)
-
-    def narrow(self, by: int) -> None:
-        self._window -= by
-
-    def consumed(self, count: int) -> None:
-        self._consumed += count
-        if self.error is not None:
-            return
-        if count and self._tuner.consumed(count, now=self.loop.time(), rtt=self._rtt):
-            for stream in self._streams.values():
-                if stream.follows_path:
-                    stream.widen_to(self._tuner.window)
-        limit = self._consumed + self._window
-        if limit - self._told >= self._window // 4:
-            self._told = limit
-            self.tell_window(CONNECTION, limit)
 
     def tell_window(self, stream_id: int, limit: int) -> None:
         self._windows[stream_id] = limit
