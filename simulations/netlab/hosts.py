@@ -5,6 +5,7 @@ be told from what a living one uses; a process started here is stopped with its 
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +18,15 @@ from typing import Final
 PREFIX: Final = "nl"
 STOP_TIMEOUT_S: Final = 15.0
 _TICK_HZ: Final = os.sysconf("SC_CLK_TCK")
+
+
+_C_LIBRARY: Final = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def _die_with_parent() -> None:
+    """In the new process, before it becomes the command: a laboratory that is killed takes its processes along."""
+    _C_LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class LabError(Exception):
@@ -178,13 +188,13 @@ class Child:
         self._cpu_s = 0.0
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                # A laboratory that is killed takes its processes along.
-                host.inside(["setpriv", "--pdeathsig", "KILL", *argv]),
+                host.inside(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 env=clean_environment() | host.environment | dict(env),
                 start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call into the C library, no lock
             )
         self.pid = self._process.pid
 
