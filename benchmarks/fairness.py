@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.netbench.edgesync_fleet import NAME, EdgeSync, Execution, assign, start_fleet
 from benchmarks.netbench.files import Http, await_listening, needs
 from benchmarks.netbench.links import MBIT, Link
-from benchmarks.netbench.results import Results, Row, Spread, goodputs, machine, revision
+from benchmarks.netbench.results import Results, Row, Spread, goodputs, machine, revision, verdict
 from benchmarks.netbench.rig import Rig, behind, on_a_lan
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED, run_once
 from benchmarks.netbench.transfer import Contender, Payload
@@ -235,13 +235,13 @@ def verdicts(results: Results) -> list[str]:
         ours, bbr = (_median(results, f"{who}-{queue}", "TCP CUBIC") for who in ("ours", "bbr"))
         if ours is not None and bbr is not None:
             said.append(
-                f"{_word(ours >= bbr)}: beside EdgeSync TCP CUBIC keeps {100 * ours:.0f} % of the link, beside TCP BBR "
+                f"{verdict(ours >= bbr)}: beside EdgeSync TCP CUBIC keeps {100 * ours:.0f} % of the link, beside TCP BBR "
                 f"{100 * bbr:.0f} % (queue {queue[0]} BDP; aim 25 %)"
             )
     for key, count in (("two", 2), ("four", 4)):
         if rows := results.of(case=key):
             index = statistics.median(row["jain"] for row in rows)
-            bar = f"{_word(index >= 0.9)}: " if count == 4 else ""
+            bar = f"{verdict(index >= 0.9)}: " if count == 4 else ""
             said.append(
                 f"{bar}{count} of EdgeSync share with Jain's index {index:.3f} (bar 0.9 for 4)"
             )
@@ -250,18 +250,18 @@ def verdicts(results: Results) -> list[str]:
     if solo and beside is not None:
         kept = beside / solo
         said.append(
-            f"{_word(kept >= 0.9)}: background mode leaves TCP {100 * kept:.0f} % of its solo rate, bar 90 %"
+            f"{verdict(kept >= 0.9)}: background mode leaves TCP {100 * kept:.0f} % of its solo rate, bar 90 %"
         )
     if rows := results.of(case="short-queue", tool="ours"):
         share = statistics.median(goodputs(rows)) / RATE_BIT_S
         said.append(
-            f"{_word(share >= 0.85)}: {100 * share:.0f} % of the link on a queue of 10 ms, bar 85 %"
+            f"{verdict(share >= 0.85)}: {100 * share:.0f} % of the link on a queue of 10 ms, bar 85 %"
         )
     chosen, reno = (results.of(case="lan", tool=tool) for tool in ("chosen", "reno"))
     if chosen and reno:
         ratio = statistics.median(goodputs(chosen)) / statistics.median(goodputs(reno))
         said.append(
-            f"{_word(ratio >= 1)}: on a LAN {ratio:.2f} × what aioquic's default reaches, bar 1"
+            f"{verdict(ratio >= 1)}: on a LAN {ratio:.2f} × what aioquic's default reaches, bar 1"
         )
     return said
 
@@ -275,10 +275,6 @@ def _median(results: Results, case: str, label: str) -> float | None:
         if name == label
     ]
     return statistics.median(shares) if shares else None
-
-
-def _word(reached: bool) -> str:
-    return "reached" if reached else "**missed**"
 
 
 def markdown(results: Results) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.netbench.results import machine, revision
+from benchmarks.netbench.results import Spread, machine, revision, verdict
 from benchmarks.netbench.single import CACHE, DOCS, MB
 from gateway.broker_config import BrokerSite, mosquitto_acl, mosquitto_conf
 from simulations.netlab.fleet import ENDED_BADLY, Agent, Fleet, make_tree, tree_hash
@@ -665,13 +665,14 @@ def _new_lines(before: dict[str, list[str]], after: dict[str, list[str]]) -> lis
 
 
 def _verdict(what: str, value: float, bar: float) -> str:
-    return f"{'reached' if value <= bar else '**missed**'}: {what}: {value:.3f}, bar {bar:g}"
+    return f"{verdict(value <= bar)}: {what}: {value:.3f}, bar {bar:g}"
 
 
 def _spread(values: list[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    spread = Spread.of(values)
+    return f"{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})"
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.netbench.edgesync_fleet import NAME, assign, start_fleet, transfers
 from benchmarks.netbench.links import MBIT, Link
-from benchmarks.netbench.results import machine, revision
+from benchmarks.netbench.results import machine, revision, verdict
 from benchmarks.netbench.rig import Rig, behind
 from benchmarks.netbench.single import CACHE, DOCS, MB, SEED
 from benchmarks.netbench.transfer import Patience, Payload, watch
@@ -148,8 +148,7 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         ("last device done / time of one copy", last, TIME_BAR),
     ]
     return [
-        f"{'reached' if value <= bar else '**missed**'}: {what} {value:.3f}, bar {bar:g}"
-        for what, value, bar in figures
+        f"{verdict(value <= bar)}: {what} {value:.3f}, bar {bar:g}" for what, value, bar in figures
     ]
 
 

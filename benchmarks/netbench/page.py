@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.netbench.chart import Bar, Panel, draw
 from benchmarks.netbench.links import LINKS, MBIT, Link
-from benchmarks.netbench.results import Results, Row, Spread, finished, goodputs, paired_ratios
+from benchmarks.netbench.results import (
+    Results,
+    Row,
+    Spread,
+    finished,
+    goodputs,
+    paired_ratios,
+    verdict,
+)
 
 OURS = "edgesync"
 MAIN = "edgesync-bbr"
@@ -166,7 +174,7 @@ def verdicts(results: Results, link: Link, size: int) -> list[str]:
     if link.bar is not None:
         share = rate / link.usable_bit_s
         said.append(
-            f"{_word(share >= link.bar)}: {100 * share:.1f} % of rate × (1 − loss), bar {100 * link.bar:.0f} %"
+            f"{verdict(share >= link.bar)}: {100 * share:.1f} % of rate × (1 − loss), bar {100 * link.bar:.0f} %"
         )
     if link.key == "unimpaired":
         return said
@@ -175,28 +183,26 @@ def verdicts(results: Results, link: Link, size: int) -> list[str]:
         ratio = Spread.of(ratios).median
         need = 1.0 if link.key == "fast-1" else BEHIND
         said.append(
-            f"{_word(ratio >= need)}: {ratio:.2f} × TCP BBR in the same round, bar {need:g}"
+            f"{verdict(ratio >= need)}: {ratio:.2f} × TCP BBR in the same round, bar {need:g}"
         )
     if link.key == "fast-1":
         ratios = paired_ratios(mine, _rows(results, link, TCP_CUBIC, size))
         if ratios:
             ratio = Spread.of(ratios).median
-            said.append(f"{_word(ratio >= 20)}: {ratio:.0f} × TCP CUBIC in the same round, bar 20")
+            said.append(
+                f"{verdict(ratio >= 20)}: {ratio:.0f} × TCP CUBIC in the same round, bar 20"
+            )
         free = _rows(results, LINKS["unimpaired"], MAIN, size)
         if free:
             share = rate / Spread.of(goodputs(free)).median
             said.append(
-                f"{_word(share >= 0.6)}: {100 * share:.0f} % of the same processes' rate unimpaired, bar 60 %"
+                f"{verdict(share >= 0.6)}: {100 * share:.0f} % of the same processes' rate unimpaired, bar 60 %"
             )
     return said
 
 
 def _verdicts(results: Results, link: Link, size: int) -> list[str]:
     return ["", *(f"- {line}" for line in verdicts(results, link, size))]
-
-
-def _word(reached: bool) -> str:
-    return "reached" if reached else "**missed**"
 
 
 def _versions(results: Results, labels: Mapping[str, str]) -> list[str]:

@@ -81,6 +81,11 @@ def paired_ratios(mine: Sequence[Row], theirs: Sequence[Row]) -> list[float]:
     return found
 
 
+def verdict(reached: bool) -> str:
+    """How pages say whether a bar was met."""
+    return "reached" if reached else "**missed**"
+
+
 def machine() -> dict[str, str]:
     """What a figure depends on, without the name of anything private."""
     cpu = next(

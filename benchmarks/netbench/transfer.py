@@ -67,9 +67,6 @@ class DeviceResult:
     operator_s: float
     """From the operator's command to the moment it is seen done."""
 
-    def goodput_bit_s(self) -> float:
-        return 8 * self.bytes_done / self.seconds if self.seconds > 0 else 0.0
-
 
 @dataclass(frozen=True)
 class Patience:
