@@ -23,6 +23,8 @@ from edgesync.io.tcp import connect_in_short_segments
 
 NONE: Final = "none"
 DEFAULT_PORT: Final = 3128
+_HOST: Final = re.compile(r"[A-Za-z0-9._:%-]{1,253}\Z")
+"""A name, an IPv4 address, or an IPv6 address without its brackets."""
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: ([ -~]{0,100}))?")
 
 
@@ -60,6 +62,8 @@ def parse(url: str) -> Proxy:
     except ValueError:
         raise ValueError(f"what is given {wrong}") from None
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"what is given {wrong}")
+    if not _HOST.match(parts.hostname):
         raise ValueError(f"what is given {wrong}")
     if re.search(r"[\x00-\x20\x7f]", unquote(parts.username or "") + unquote(parts.password or "")):
         raise ValueError("the proxy's user or password has a character that HTTP cannot carry")

@@ -23,7 +23,17 @@ def test_the_environment_and_its_exceptions() -> None:
     assert other.towards("x.example") == Proxy("other", 1)
 
 
-@pytest.mark.parametrize("url", ["https://proxy", "http://", "http://p:99999", "http://p/path"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://proxy",
+        "http://",
+        "http://p:99999",
+        "http://p/path",
+        "http://u:p@pr oxy:3128",
+        "http://pr%20 y",
+    ],
+)
 def test_no_proxy_url(url: str) -> None:
     with pytest.raises(ValueError, match="no proxy"):
         parse(url)
