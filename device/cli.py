@@ -144,10 +144,16 @@ def run(
     ] = False,
     upload_limit: Annotated[
         str | None,
-        typer.Option("--upload-limit", help="Bytes per second to peers: 500kB, 4MB, 4MiB."),
+        typer.Option(
+            "--upload-limit",
+            help="Bytes per second to peers: 500kB, 4MiB, or '08:00-18:00 200kB/s; 2MB/s'.",
+        ),
     ] = None,
     download_limit: Annotated[
-        str | None, typer.Option("--download-limit", help="Bytes per second fetched.")
+        str | None,
+        typer.Option(
+            "--download-limit", help="Bytes per second fetched; a rate or times as --upload-limit."
+        ),
     ] = None,
     background: Annotated[
         bool,

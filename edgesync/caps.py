@@ -223,7 +223,7 @@ def parse(value: Any, zone: dt.tzinfo = dt.UTC, zone_name: str = UTC) -> Schedul
 def _part(piece: Any) -> Part:
     match = _TIMES.match(piece) if isinstance(piece, str) else None
     if match is None:
-        if isinstance(piece, str) and "-" in piece:
+        if isinstance(piece, str) and "-" in piece[1:]:
             raise ValueError(f"{piece!a} does not begin with times such as 08:00-18:00")
         return Part(parse_rate(piece))
     start, end = (int(match[at]) * 60 + int(match[at + 1]) for at in (1, 3))
@@ -232,9 +232,23 @@ def _part(piece: Any) -> Part:
     return Part(parse_rate(match[5]), (start, end))
 
 
+def check_floor(schedule: Schedule, value: Any) -> None:
+    """Raises ValueError: a rate of what a person wrote as ``value`` is below MIN_CAP_BYTES_S."""
+    if schedule.lowest < limits.MIN_CAP_BYTES_S:
+        raise ValueError(
+            f"{value!a} is below the floor of {rate_text(limits.MIN_CAP_BYTES_S)}, "
+            "under which nothing arrives in time"
+        )
+
+
 def setting(value: Any) -> int | str:
-    """A parser for configuration: the rate, or the text of a schedule that parses. Raises ValueError."""
-    parse(value)
+    """A parser for configuration: the rate, or the text of a schedule that parses.
+
+    Raises ValueError: it does not parse, or a rate is below MIN_CAP_BYTES_S.
+    """
+    schedule = parse(value)
+    if schedule is not None:
+        check_floor(schedule, value)
     if isinstance(value, str) and any(character in value for character in ";-"):
         return value
     return parse_rate(value)

@@ -94,7 +94,7 @@ def gateway_run(
         str | None,
         typer.Option(
             "--upload-limit",
-            help="Bytes per second to devices: 500kB, 4MB, 4MiB.",
+            help="Bytes per second to devices: 500kB, 4MiB, or '08:00-18:00 200kB/s; 2MB/s'.",
             show_default=False,
         ),
     ] = None,

@@ -133,15 +133,12 @@ def _check(text: str, option: str, zone: str) -> None:
         return
     try:
         schedule = caps.parse(text, caps.load_zone(zone), zone)
+        if schedule is not None:
+            caps.check_floor(schedule, text)
     except ValueError as exc:
         raise UsageError(f"{option}: {exc}") from exc
     if schedule is None:
         raise UsageError(f"{option}: {text!a} caps nothing: lift a cap with edgesync caps clear")
-    if schedule.lowest < limits.MIN_CAP_BYTES_S:
-        raise UsageError(
-            f"{option}: {text!a} is below the floor of {caps.rate_text(limits.MIN_CAP_BYTES_S)}, "
-            "under which nothing arrives in time"
-        )
 
 
 def _changed(store: GatewayStore, utc_now: float) -> None:

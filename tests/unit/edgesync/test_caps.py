@@ -131,6 +131,7 @@ def test_no_rate_from_the_network_is_below_the_floor() -> None:
         ("24:30-01:00 1MB", "from 00:00 to 24:00"),
         ("1MB; 2MB", "two rates without times"),
         ("fast", "is not a rate"),
+        ("-5", "'-5' is not a rate"),
         ("x" * 1000, "is no cap"),
         (True, "is no cap"),
         (None, "is no cap"),
@@ -152,3 +153,17 @@ def test_what_is_no_zone(name: str) -> None:
 def test_nothing_is_no_cap() -> None:
     assert caps.parse(0) is None
     assert caps.parse("0; 08:00-09:00 0") is None
+
+
+@pytest.mark.parametrize("value", [10, "10", "7999", "08:00-18:00 1kB; 2MB"])
+def test_a_configured_rate_below_the_floor_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is below the floor of 8 kB/s"):
+        caps.setting(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [(0, 0), ("0", 0), (8000, 8000), ("08:00-18:00 8kB; 0", "08:00-18:00 8kB; 0")],
+)
+def test_a_configured_rate_from_the_floor_up_is_kept(value: object, kept: object) -> None:
+    assert caps.setting(value) == kept
