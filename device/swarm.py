@@ -72,6 +72,8 @@ logger = logging.getLogger(__name__)
 
 GATEWAY_IDLE_S: Final = 30.0
 FIRST_RETRY_S: Final = 0.5
+SETTLED_S: Final = 5.0
+"""A session that ended sooner counts as a failed dial: what breaks it at once will break the next one too."""
 MAX_RETRY_S: Final = 10.0
 """Longest pause between dials while something is wanted: after an outage of days, data moves within seconds."""
 DIAL_TIMEOUT_S: Final = 3.0
@@ -390,8 +392,15 @@ class Swarm:
         failures = 0
         while True:
             if self._gateway is not None:
+                began = self._loop.time()
                 await self._watch_gateway()
-                failures = 0
+                if self._gateway is not None or not self._needs_gateway:
+                    continue
+                if self._loop.time() - began >= SETTLED_S:
+                    failures = 0  # an outage: back at once
+                    continue
+                failures = min(failures + 1, 16)
+                await self._pause(self._rng.uniform(0.0, FIRST_RETRY_S * 2.0**failures), failures)
                 continue
             self._gateway_wanted.clear()
             if not self._needs_gateway:
@@ -409,13 +418,19 @@ class Swarm:
                 if self.wants_peers():
                     self._dial_told()
                 wait = self._rng.uniform(0.1, min(FIRST_RETRY_S * 2.0**failures, MAX_RETRY_S))
-            failures = min(failures + 1, 16)
-            logger.debug("%s; again in %.1f s", self._gateway_problem, wait)
-            self._gateway_seen.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._gateway_seen.wait()
-                    failures = 0
+            failures = await self._pause(wait, min(failures + 1, 16))
+
+    async def _pause(self, wait_s: float, failures: int) -> int:
+        """Wait, unless word comes that the gateway is there; the failures that count from then on."""
+        wait_s = min(wait_s, MAX_RETRY_S)
+        logger.debug("%s; again in %.1f s", self._gateway_problem, wait_s)
+        self._gateway_seen.clear()
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._gateway_seen.wait()
+        except TimeoutError:
+            return failures
+        return 0
 
     async def _watch_gateway(self) -> None:
         """Return when the session is over or was idle for long enough."""
@@ -471,6 +486,7 @@ class Swarm:
                     self._gateway_at = address
                     self._udp_doubtful.set()
                     return
+                error = PeerUnreachableError("its session ended as it began")
         raise error
 
     @property

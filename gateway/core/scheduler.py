@@ -455,12 +455,10 @@ class Scheduler:
         missing = swarm.full & ~member.have & ~member.leased
         covered = swarm.covered(event.device, self._devices, now=now)
         named: list[PeerKey] = []
-        begged = self._begged(event, swarm, member, missing, named, now=now)
-        most = count
-        if event.gateway_pieces is not None:
-            begged = begged[: event.gateway_pieces]
-            most = min(count, max(0, event.gateway_pieces - len(begged)))
-        granted = self._from_gateway(swarm, member, missing & ~covered, most, now=now)
+        most = count if event.gateway_pieces is None else min(count, event.gateway_pieces)
+        begged = self._begged(event, swarm, member, missing, named, most, now=now)
+        eligible = missing & ~covered & ~mask_of(begged)
+        granted = self._from_gateway(swarm, member, eligible, most - len(begged), now=now)
         grants = [Granted(piece, GATEWAY, GATEWAY) for piece in (*begged, *granted)]
         for piece in (*begged, *granted):
             member.leased |= 1 << piece
@@ -518,13 +516,16 @@ class Scheduler:
         member: _Member,
         missing: int,
         named: list[PeerKey],
+        most: int,
         *,
         now: float,
     ) -> list[int]:
         """Pieces the device reaches no source of: it is told of one, or, when it was, gets them from the gateway."""
         chosen: list[int] = []
         busy = swarm.in_flight | mask_of(swarm.cooling)
-        for piece in event.unavailable:
+        for piece in dict.fromkeys(event.unavailable):
+            if len(chosen) >= most:
+                break
             bit = 1 << piece
             if not missing & bit or busy & bit:
                 continue
@@ -543,8 +544,6 @@ class Scheduler:
                     told_all = False
             if told_all:
                 chosen.append(piece)
-                if len(chosen) >= event.count:
-                    break
         return chosen
 
     def _name(

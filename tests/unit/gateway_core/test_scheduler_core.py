@@ -1,5 +1,6 @@
 import random
 
+from edgesync import limits
 from edgesync.ids import Digest, PeerKey
 from gateway.core import events as e
 from gateway.core.scheduler import (
@@ -179,3 +180,19 @@ def test_a_budget_bounds_what_the_gateway_gives_and_not_what_peers_do() -> None:
     # Nor by begging.
     (given,) = core.handle(e.LeaseAsked(B, M, 8, tuple(range(16, 32)), 0), now=60.0)
     assert not from_gateway(given)
+
+
+def test_a_lease_names_each_piece_once_and_no_more_than_was_asked() -> None:
+    core = Scheduler(rng=random.Random(3))
+    core.handle(e.BundleServed(M, 400, 65_536), now=0.0)
+    connect(core, A)
+    for count, gateway_pieces in ((196, None), (300, 1000), (50, 20)):
+        lacks = (*range(200), *range(200))
+        (given,) = core.handle(e.LeaseAsked(A, M, count, lacks, gateway_pieces), now=1.0)
+        assert isinstance(given, e.GiveLease)
+        pieces = [grant.piece for grant in given.grants]
+        assert len(set(pieces)) == len(pieces)
+        allowed = count if gateway_pieces is None else min(count, gateway_pieces)
+        assert 0 < len(pieces) <= min(allowed, limits.MAX_LEASE_PIECES)
+        core.handle(e.DeviceDisconnected(A, False), now=1.0)
+        connect(core, A, session=count)
