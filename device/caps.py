@@ -140,7 +140,7 @@ class DeviceCaps:
             floored(message.upload_bytes_s or 0),
             floored(message.download_bytes_s or 0),
             caps.UTC,
-            message.expires,
+            expires=message.expires,
         )
         self._for_all.append(whole)
         for entry in message.caps:
@@ -148,21 +148,35 @@ class DeviceCaps:
             ours = entry.scope == "site" and entry.target == self._site
             if not mine and not ours:
                 continue
-            ends = message.expires if entry.until is None else min(entry.until, message.expires)
             origin = f"{entry.scope} {entry.target}"
             try:
-                cap = _cap(origin, entry.upload, entry.download, entry.zone, ends)
+                cap = _cap(
+                    origin,
+                    entry.upload,
+                    entry.download,
+                    entry.zone,
+                    until=entry.until,
+                    expires=message.expires,
+                )
             except ValueError as exc:
                 self.problems.append(f"the cap of {origin} cannot be obeyed: {exc}")
                 continue
             (self._for_all if mine else self._for_out).append(cap)
 
 
-def _cap(origin: str, upload: str | int, download: str | int, zone: str, until: float) -> caps.Cap:
+def _cap(
+    origin: str,
+    upload: str | int,
+    download: str | int,
+    zone: str,
+    *,
+    expires: float,
+    until: float | None = None,
+) -> caps.Cap:
     rules = caps.load_zone(zone)
     both = [caps.parse(text, rules, zone) if text else None for text in (upload, download)]
     up, down = (one.floored() if one is not None else None for one in both)
-    return caps.Cap(origin, up, down, until)
+    return caps.Cap(origin, up, down, until, expires)
 
 
 def own_caps(upload: int | str, download: int | str, zone_name: str) -> list[caps.Cap]:

@@ -132,7 +132,12 @@ class Cap:
     upload: Schedule | None = None
     download: Schedule | None = None
     until: float | None = None
-    """Unix seconds after which it does not hold."""
+    """Unix seconds after which it does not hold, as whoever set it said."""
+    expires: float | None = None
+    """Unix seconds after which it is believed no more unless it is said again; no end that a person should see."""
+
+    def is_over(self, utc_now: float) -> bool:
+        return any(at is not None and at <= utc_now for at in (self.until, self.expires))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,8 @@ class Held:
     """Unix seconds at which this cap ends or changes; None: not by its schedule."""
     zone_name: str = UTC
     zone: dt.tzinfo = dt.UTC
+    decided: float = 0.0
+    """Unix seconds at which this held."""
 
     def __str__(self) -> str:
         if not self.rate_bytes_s:
@@ -153,7 +160,9 @@ class Held:
         end = ""
         if self.until is not None:
             wall = dt.datetime.fromtimestamp(self.until, self.zone)
-            end = f" until {wall:%H:%M} {self.zone_name}"
+            # A time alone is taken for the next time the clock shows it.
+            date = "" if self.until - self.decided < DAY_S else f"{wall:%Y-%m-%d} "
+            end = f" until {date}{wall:%H:%M} {self.zone_name}"
         return f"{rate_text(self.rate_bytes_s)}{end}: {self.origin}"
 
 
@@ -162,13 +171,18 @@ def lowest(caps: Iterable[Cap], *, upload: bool, utc_now: float) -> Held:
     best = Held(0)
     for cap in caps:
         schedule = cap.upload if upload else cap.download
-        if schedule is None or (cap.until is not None and cap.until <= utc_now):
+        if schedule is None or cap.is_over(utc_now):
             continue
         rate = schedule.rate_at(utc_now)
         if rate and (not best.rate_bytes_s or rate < best.rate_bytes_s):
             ends = [at for at in (schedule.next_change(utc_now), cap.until) if at is not None]
             best = Held(
-                rate, cap.origin, min(ends, default=None), schedule.zone_name, schedule.zone
+                rate,
+                cap.origin,
+                min(ends, default=None),
+                schedule.zone_name,
+                schedule.zone,
+                utc_now,
             )
     return best
 
@@ -177,10 +191,14 @@ def next_change(caps: Iterable[Cap], *, utc_now: float) -> float | None:
     """When it must be decided again, Unix seconds; None: never by itself."""
     found: list[float | None] = []
     for cap in caps:
-        if cap.until is not None and cap.until <= utc_now:
+        if cap.is_over(utc_now):
             continue
         schedules = [one for one in (cap.upload, cap.download) if one is not None]
-        found += [cap.until, *(schedule.next_change(utc_now) for schedule in schedules)]
+        found += [
+            cap.until,
+            cap.expires,
+            *(schedule.next_change(utc_now) for schedule in schedules),
+        ]
     return min((at for at in found if at is not None), default=None)
 
 

@@ -167,3 +167,22 @@ def test_a_configured_rate_below_the_floor_is_refused(value: object) -> None:
 )
 def test_a_configured_rate_from_the_floor_up_is_kept(value: object, kept: object) -> None:
     assert caps.setting(value) == kept
+
+
+def test_an_end_after_the_next_24_hours_is_shown_with_its_date() -> None:
+    now = rome("2026-11-24 10:00")
+    rate = schedule("1MB")
+    for until, said in (
+        (now + 86_399, "1 MB/s until 09:59 Europe/Rome: x"),
+        (now + 86_400, "1 MB/s until 2026-11-25 10:00 Europe/Rome: x"),
+    ):
+        cap = caps.Cap("x", upload=rate, until=until)
+        assert str(caps.lowest([cap], upload=True, utc_now=now)) == said
+
+
+def test_what_is_only_believed_for_a_time_shows_no_end_and_ends() -> None:
+    cap = caps.Cap("x", upload=caps.parse("10kB"), expires=1000.0)
+    held = caps.lowest([cap], upload=True, utc_now=999.0)
+    assert (held.until, str(held)) == (None, "10 kB/s: x")
+    assert caps.next_change([cap], utc_now=999.0) == 1000.0
+    assert caps.lowest([cap], upload=True, utc_now=1000.0).rate_bytes_s == 0
