@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gateway.commands.options import DataOption, JsonOption, group, open_store, when
+from gateway.commands.options import (
+    DataOption,
+    JsonOption,
+    group,
+    open_store,
+    warn_if_empty,
+    when,
+)
 
 if TYPE_CHECKING:
     from edgesync.wire.mqtt import CapScope
@@ -47,10 +54,12 @@ def caps_set(
         typer.Option("--for", help="Lift it after this long: 2h, 7d.", show_default=False),
     ] = None,
     data: DataOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Set the cap of the gateway, a site or a device; replaces the one it had."""
     import time
 
+    from edgesync.cli import output
     from edgesync.config import parse_duration
     from edgesync.errors import UsageError
     from gateway.service import caps
@@ -74,6 +83,21 @@ def caps_set(
             until=until,
             utc_now=now,
         )
+        if scope == "site":
+            warn_if_empty(store, target)
+    if json:
+        output.print_json(
+            {
+                "schema": "edgesync.caps-set/1",
+                "scope": entry.scope,
+                "target": entry.target,
+                "upload": entry.upload,
+                "download": entry.download,
+                "zone": entry.zone,
+                "until": entry.until,
+            }
+        )
+        return
     for word, text in (("upload", entry.upload), ("download", entry.download)):
         if text:
             typer.echo(f"{scope} {target}: {word} {text} ({entry.zone})")
@@ -121,15 +145,20 @@ def caps_clear(
     device: OneDeviceOption = None,
     gateway: GatewayOption = False,
     data: DataOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Lift the cap of the gateway, a site or a device."""
     import time
 
+    from edgesync.cli import output
     from gateway.service import caps
 
     with open_store(data) as store:
         scope, target = _target(store, site, device, gateway)
         caps.clear(store, scope=scope, target=target, utc_now=time.time())
+    if json:
+        output.print_json({"schema": "edgesync.caps-clear/1", "scope": scope, "target": target})
+        return
     typer.echo(f"the cap of {scope} {target} is lifted")
 
 

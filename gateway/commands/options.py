@@ -104,3 +104,14 @@ def label_text(labels: dict[str, str]) -> str:
 
 def count_devices(count: int) -> str:
     return f"{count} device" if count == 1 else f"{count} devices"
+
+
+def warn_if_empty(store: "GatewayStore", site: str) -> None:
+    """Say on stderr that nothing is at a site: its name may be mistyped, or its devices have yet to join."""
+    from edgesync.cli.errors import complain
+    from gateway.service import devices
+
+    if devices.is_site_empty(store, site):
+        complain(
+            f"no device is at site {site} yet: see edgesync device list for the sites there are"
+        )

@@ -11,6 +11,7 @@ from typing import Any
 from edgesync import budget, caps, limits
 from edgesync.budget import Ledger
 from edgesync.errors import NotFoundError, UsageError
+from gateway.service.devices import check_site
 from gateway.store import GatewayStore
 
 
@@ -25,8 +26,7 @@ def set_budget(
     store: GatewayStore, *, site: str, size: str, utc_now: float, zone: str = caps.UTC
 ) -> SiteBudget:
     """Set the budget of a site; what its month has spent stays. Raises UsageError: the size or the zone is none."""
-    if not 0 < len(site) <= limits.MAX_LABEL_BYTES:
-        raise UsageError(f"a site is named with 1 to {limits.MAX_LABEL_BYTES} characters")
+    check_site(site)
     try:
         limit_bytes = budget.parse(size)
         caps.load_zone(zone)

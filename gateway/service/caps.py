@@ -10,6 +10,7 @@ from typing import Any, Final, get_args
 from edgesync import caps, limits
 from edgesync.errors import NotFoundError, UsageError
 from edgesync.wire.mqtt import CapEntry, CapScope
+from gateway.service.devices import check_site
 from gateway.store import GatewayStore
 
 SCOPES: Final[tuple[str, ...]] = get_args(CapScope)
@@ -36,16 +37,17 @@ def set_cap(
     """Set the cap of one target; texts are those of ``edgesync.caps``, empty: none.
 
     Raises UsageError: a text or the zone does not parse, the cap is below the floor, or there are too many caps.
+    NotFoundError: there is no such device.
     """
     _check(upload, "--upload", zone)
     _check(download, "--download", zone)
     if not upload and not download:
         raise UsageError("say what to cap: --upload RATE, --download RATE, or both")
-    if not 0 < len(target) <= limits.MAX_LABEL_BYTES:
-        raise UsageError(f"a {scope} is named with 1 to {limits.MAX_LABEL_BYTES} characters")
+    if scope == "site":
+        check_site(target)
     with store.atomic() as db:
         if scope == "device" and store.one("SELECT 1 FROM devices WHERE id = ?", (target,)) is None:
-            raise UsageError(f"there is no device {target!a}: see edgesync device list")
+            raise NotFoundError(f"there is no device {target[:80]!a}: see edgesync device list")
         db.conn.execute("DELETE FROM caps WHERE until IS NOT NULL AND until <= ?", (utc_now,))
         db.conn.execute(
             "INSERT OR REPLACE INTO caps (scope, target, upload, download, zone, until, created) "

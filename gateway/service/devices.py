@@ -36,6 +36,20 @@ def labels_of(row: Mapping[str, Any]) -> dict[str, str]:
     return implied | own
 
 
+def check_site(name: str) -> None:
+    """Raises UsageError: no site can be named so. What a terminal obeys has no place in events and tables."""
+    if not 0 < len(name) <= limits.MAX_LABEL_BYTES or not name.isprintable():
+        raise UsageError(
+            f"a site is named with 1 to {limits.MAX_LABEL_BYTES} characters that can be printed"
+        )
+
+
+def is_site_empty(store: GatewayStore, site: str) -> bool:
+    """Whether no device, accepted or pending, is at ``site`` as far as is known."""
+    rows = store.rows("SELECT * FROM devices WHERE state != 'rejected'")
+    return all(labels_of(row)["site"] != site for row in rows)
+
+
 def select(
     store: GatewayStore,
     *,

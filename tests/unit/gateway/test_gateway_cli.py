@@ -200,3 +200,54 @@ def test_remote_names_cannot_drive_the_terminal(fleet, tmp_path):
 def test_broker_config(fleet):
     assert "gateway-eu" in fleet("gateway", "broker-config", "mosquitto")[1]
     assert fleet("gateway", "broker-config", "hivemq")[0] == 2
+
+
+def test_caps_and_budgets_say_in_json_what_they_did(fleet, tmp_path):
+    add_device(tmp_path, "cam-1")
+    told = json.loads(fleet("caps", "set", "--device", "cam-1", "--upload", "1MB", "--json")[1])
+    assert told == {
+        "schema": "edgesync.caps-set/1",
+        "scope": "device",
+        "target": "cam-1",
+        "upload": "1MB",
+        "download": "",
+        "zone": "UTC",
+        "until": None,
+    }
+    told = json.loads(fleet("caps", "clear", "--device", "cam-1", "--json")[1])
+    assert told == {"schema": "edgesync.caps-clear/1", "scope": "device", "target": "cam-1"}
+    told = json.loads(fleet("budget", "set", "2GB", "--site", "unknown", "--json")[1])
+    assert told == {
+        "schema": "edgesync.budget-set/1",
+        "site": "unknown",
+        "limit": 2_000_000_000,
+        "zone": "UTC",
+    }
+    told = json.loads(fleet("budget", "clear", "--site", "unknown", "--json")[1])
+    assert told == {"schema": "edgesync.budget-clear/1", "site": "unknown"}
+
+
+@pytest.mark.parametrize("command", [("caps", "set", "--upload", "1MB"), ("budget", "set", "2GB")])
+def test_a_site_without_devices_is_warned_of_and_an_unprintable_one_refused(
+    fleet, tmp_path, command
+):
+    add_device(tmp_path, "cam-1")  # never seen: at the site "unknown"
+    code, out, err = fleet(*command, "--site", "unknown")
+    assert (code, err) == (0, "")
+    code, out, err = fleet(*command, "--site", "nosuch")
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("edgesync: no device is at site nosuch")
+    assert "site nosuch" in out
+    code, out, err = fleet(*command, "--site", "a\x1b[2J")
+    assert (code, out, err.count("\n"), "\x1b" in err) == (2, "", 1, False)
+
+
+def test_a_cap_for_a_device_that_is_not_there_exits_6(fleet):
+    assert fleet("caps", "set", "--device", "nobody", "--upload", "1MB")[0] == 6
+    assert fleet("caps", "clear", "--device", "nobody")[0] == 6
+
+
+def test_a_cap_that_begins_with_a_minus_is_no_rate(fleet):
+    code, _out, err = fleet("caps", "set", "--site", "a", "--download=-5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--download: '-5' is not a rate" in err
