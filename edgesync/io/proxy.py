@@ -8,10 +8,12 @@ Source: RFC 9110 sections 9.3.6 and 11; ``HTTPS_PROXY`` and ``NO_PROXY`` as curl
 import asyncio
 import base64
 import contextlib
+import errno
 import ipaddress
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -117,18 +119,31 @@ def is_through(proxy: Proxy, answer: bytes) -> bool:
 
 
 def open_tunnel(proxy: Proxy, host: str, port: int, *, timeout_s: float) -> socket.socket:
-    """Blocking: a socket that leads to ``host``. Raises OSError, PeerUnreachableError."""
+    """Blocking: a socket that leads to ``host``, within ``timeout_s`` after the proxy was reached, however it trickles.
+
+    Raises OSError (TimeoutError: the answer was not whole in time), PeerUnreachableError.
+    """
     request = connect_request(proxy, host, port)
     sock = connect_in_short_segments(proxy.host, proxy.port, timeout_s=timeout_s)
     try:
+        deadline = time.monotonic() + timeout_s
         sock.sendall(request)
         answer = b""
         while not is_through(proxy, answer):
+            sock.settimeout(_left_s(proxy, deadline))
             answer += _more(proxy, sock.recv(limits.MAX_PROXY_ANSWER_BYTES - len(answer)))
+        sock.settimeout(timeout_s)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _left_s(proxy: Proxy, deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, f"the proxy {proxy} did not answer in time")
+    return left
 
 
 def _more(proxy: Proxy, part: bytes) -> bytes:

@@ -2,12 +2,21 @@
 
 import asyncio
 import base64
+import socket
 
 import pytest
 
 from edgesync.errors import PeerUnreachableError
 from edgesync.io import proxy
-from edgesync.io.proxy import Proxy, connect, connect_request, is_through, parse, settings
+from edgesync.io.proxy import (
+    Proxy,
+    connect,
+    connect_request,
+    is_through,
+    open_tunnel,
+    parse,
+    settings,
+)
 
 
 def test_the_environment_and_its_exceptions() -> None:
@@ -90,6 +99,36 @@ async def test_a_tunnel_stands() -> None:
         sock.close()
     finally:
         server.close()
+
+
+def test_a_trickling_proxy_meets_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = socket.socketpair()
+    clock = [0.0]
+    waits: list[float] = []
+
+    class Trickle:
+        """The socket's calls, a second and a byte each."""
+
+        def settimeout(self, left: float) -> None:
+            waits.append(left)
+
+        def sendall(self, data: bytes) -> None:
+            near.sendall(data)
+
+        def recv(self, _room: int) -> bytes:
+            clock[0] += 1.0
+            far.sendall(b"H")
+            return near.recv(1)
+
+        def close(self) -> None:
+            near.close()
+
+    monkeypatch.setattr(proxy, "connect_in_short_segments", lambda *_a, **_k: Trickle())
+    monkeypatch.setattr("edgesync.io.proxy.time.monotonic", lambda: clock[0])
+    with far, pytest.raises(TimeoutError, match="in time"):
+        open_tunnel(Proxy("p", 1), "gateway.example", 7443, timeout_s=5.0)
+    assert waits == [5.0, 4.0, 3.0, 2.0, 1.0]
+    assert near.fileno() == -1
 
 
 def test_default_port() -> None:
