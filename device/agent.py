@@ -663,6 +663,7 @@ class Agent:
                 "broker": link.broker,
                 "detail": link.last_error,
                 "carrier": self._swarm.gateway_carrier,
+                "proxy": self._swarm.gateway_proxy,
             },
             peers=self._swarm.peers(),
             executions=rows,

@@ -129,6 +129,8 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
     word = "connected" if gateway["connected"] else "not connected"
     detail = gateway.get("detail") or ""
     carrier = f", data by {gateway['carrier']}" if gateway.get("carrier") else ""
+    if carrier and gateway.get("proxy"):
+        carrier += f" by the proxy {gateway['proxy']}"
     yield f"gateway   {gateway.get('id', '')} {word}{carrier}{': ' + detail if detail else ''}"
     if gateway.get("waiting"):
         yield f"waiting   {gateway['waiting']}"
@@ -144,7 +146,8 @@ def lines(shown: Mapping[str, Any]) -> Iterable[str]:
     for peer in shown["peers"]:
         how = f", sent to by {peer['controller']}" if peer.get("controller") else ""
         asks = ", asks for background" if peer.get("background") else ""
-        yield f"peer      {peer['id']} at {peer['address']}{how}{asks}"
+        where = f"by the proxy {peer['proxy']}" if peer.get("proxy") else f"at {peer['address']}"
+        yield f"peer      {peer['id']} {where}{how}{asks}"
     for bundle in shown["bundles"]:
         share = bundle["pieces_have"] / max(1, bundle["pieces_total"])
         step = f" ({bundle['step']})" if bundle["step"] else ""

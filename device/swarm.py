@@ -296,7 +296,9 @@ class Swarm:
                 "id": link.conn.peer.id,
                 "key": link.key,
                 "role": link.conn.peer.role,
-                "address": "{}:{}".format(*link.conn.address),
+                # Through a proxy its address is all that is seen: it is not the peer's.
+                "address": "" if link.conn.proxy else "{}:{}".format(*link.conn.address),
+                "proxy": link.conn.proxy,
                 "bytes_in": link.conn.bytes_in,
                 "bytes_out": link.conn.bytes_out,
                 "controller": link.conn.controller,
@@ -493,6 +495,11 @@ class Swarm:
     def gateway_carrier(self) -> str:
         """``QUIC`` or ``TLS``; empty without a session."""
         return self._gateway.conn.carrier if self._gateway is not None else ""
+
+    @property
+    def gateway_proxy(self) -> str:
+        """``HOST:PORT`` of the HTTP proxy that carries the session; empty without one."""
+        return self._gateway.conn.proxy if self._gateway is not None else ""
 
     def carrier_problem(self) -> str:
         """A sentence while UDP to the gateway is taken for blocked; else empty."""

@@ -141,8 +141,13 @@ class PeerConnection:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where the peer is now; it may move."""
+        """Where the peer is now; it may move. Through a proxy: where that is."""
         return plain(self._link.current_address)
+
+    @property
+    def proxy(self) -> str:
+        """``HOST:PORT`` of the HTTP proxy that carries the connection; empty: none."""
+        return self._link.proxy
 
     @property
     def carrier(self) -> str:

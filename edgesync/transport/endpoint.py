@@ -426,6 +426,7 @@ class Endpoint:
             idle_timeout_s=self.config.idle_timeout_s,
             door=set(),
             protocols=(alpn,),
+            proxy=str(proxy or ""),
         )
 
     async def _resolve(self, address: tuple[str, int], timeout_s: float) -> Address:

@@ -100,6 +100,7 @@ class Link(GrantedWindow):
         self.quic = quic
         self.owner = owner
         self.address = address
+        self.proxy = ""
         """Where the connection started; ``current_address`` follows the peer."""
         self.dialed = dialed
         self.budget = budget

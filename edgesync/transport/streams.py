@@ -47,6 +47,8 @@ class Carrier(Protocol):
     loop: asyncio.AbstractEventLoop
     budget: Budget
     address: Address
+    proxy: str
+    """``HOST:PORT`` of the HTTP proxy it goes through, whose address ``address`` then is; empty: none."""
     dialed: bool
     error: EdgeSyncError | None
     handshake_complete: bool

@@ -92,12 +92,14 @@ class TlsLink(GrantedWindow):
         idle_timeout_s: float,
         door: "set[TlsLink]",
         protocols: tuple[str, ...],
+        proxy: str = "",
     ) -> None:
         """The caller reserved UNPROVEN_WINDOW_BYTES; ``door`` holds the strangers, this link too until it is proven."""
         super().__init__()
         self.loop = asyncio.get_running_loop()
         self.owner = owner
         self.address = address
+        self.proxy = proxy
         self.dialed = dialed
         self.budget = budget
         self.error: EdgeSyncError | None = None

@@ -1,5 +1,8 @@
 """Two endpoints in one process, over loopback: what holds for QUIC and for TLS over TCP."""
 
+import asyncio
+import contextlib
+import dataclasses
 import hashlib
 import os
 
@@ -7,6 +10,7 @@ import pytest
 
 from edgesync.errors import NotAuthorizedError, NotFoundError
 from edgesync.ids import Digest, PieceId
+from edgesync.io.proxy import Proxy, ProxySettings
 from edgesync.testing.transport import TestFleet, gathered
 from edgesync.transport.quic import BoundedQuicConnection
 from edgesync.wire.messages import Interested, Join, Joined
@@ -99,3 +103,37 @@ async def test_without_the_fast_path_it_works_the_same(monkeypatch: pytest.Monke
         got = await gathered(conn.request(MANIFEST, ids))
         assert {hashlib.sha256(a.data).digest() for a in got} == set(ids)
         assert left.endpoint.stats().datagrams_out > 1000
+
+
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while part := await reader.read(65_536):
+            writer.write(part)
+            await writer.drain()
+    writer.close()
+
+
+async def _tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer one CONNECT as an HTTP proxy does."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    host, port = head.split()[1].decode().split(":")
+    onward_reader, onward = await asyncio.open_connection(host, int(port))
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    await asyncio.gather(_carry(reader, onward), _carry(onward_reader, writer))
+
+
+async def test_a_connection_says_which_proxy_carries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgesync.io.proxy._is_loopback", lambda _host: False)
+    server = await asyncio.start_server(_tunnel, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, TestFleet(over_tls=True) as fleet:
+        left, gateway = await fleet.device("left"), await fleet.gateway("hub")
+        config = dataclasses.replace(
+            left.endpoint.config, proxy=ProxySettings(Proxy("127.0.0.1", port))
+        )
+        monkeypatch.setattr(left.endpoint, "config", config)
+        conn = await left.connect(gateway)
+        back = await gateway.handler.next_connection()
+        assert conn.proxy == f"127.0.0.1:{port}"
+        assert conn.address == ("127.0.0.1", port)
+        assert back.proxy == ""
