@@ -54,6 +54,7 @@ class AgentSettings:
         _proxy,
         "HTTP proxy for TLS to the gateway and its broker, http://[USER:PASSWORD@]HOST[:PORT]; "
         "empty: as HTTPS_PROXY and NO_PROXY say; none: never.",
+        mask=proxy.masked,
     )
     mdns: bool = setting(True, boolean, "Announce this device and find peers by mDNS.")
     upload_limit: int | str = setting(

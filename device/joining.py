@@ -142,7 +142,7 @@ def join(
         flags = {"gateway_quic": gateway_quic} if gateway_quic else {}
         data.config.parent.mkdir(parents=True, exist_ok=True)
         text = config.render(AgentSettings, "Settings of the EdgeSync agent", flags)
-        write_file(data.config, text.encode(), mode=0o644)
+        write_file(data.config, text.encode(), mode=config.file_mode())
     return _told(membership)
 
 

@@ -47,9 +47,14 @@ class Settings(Generic[T]):
     """Name of each setting → ``default``, the file, ``environment NAME`` or ``flag``."""
 
 
-def setting(default: Any, parse: Parser, doc: str) -> Any:
-    """Declare one field of a settings dataclass; ``doc`` is the comment above it in the file."""
-    return field(default=default, metadata={"parse": parse, "doc": doc})
+def setting(
+    default: Any, parse: Parser, doc: str, *, mask: Callable[[Any], Any] | None = None
+) -> Any:
+    """Declare one field of a settings dataclass; ``doc`` is the comment above it in the file.
+
+    ``mask`` takes a secret out of the value before it is shown.
+    """
+    return field(default=default, metadata={"parse": parse, "doc": doc, "mask": mask})
 
 
 def load(
@@ -98,15 +103,28 @@ def render(cls: type[Any], title: str, values: Mapping[str, Any] | None = None) 
 
 
 def show(settings: Settings[Any]) -> list[dict[str, Any]]:
-    """Rows for ``config show --origin``: name, value as the file would say it, origin."""
+    """Rows for ``config show --origin``: name, value as the file would say it without secrets, origin."""
     return [
         {
             "key": declared.name,
-            "value": _plain(getattr(settings.values, declared.name)),
+            "value": _shown(declared, getattr(settings.values, declared.name)),
             "origin": settings.origins[declared.name],
         }
         for declared in dataclasses.fields(settings.values)
     ]
+
+
+def _shown(declared: "dataclasses.Field[Any]", value: Any) -> Any:
+    mask = declared.metadata["mask"]
+    return _plain(mask(value) if mask else value)
+
+
+def file_mode() -> int:
+    """Permissions of a new settings file: it may come to hold a proxy's password.
+
+    Root's group is trusted with it; anybody else's may be shared by all users of the machine.
+    """
+    return 0o640 if os.geteuid() == 0 else 0o600
 
 
 # --- parsers -------------------------------------------------------------------------------------------------------

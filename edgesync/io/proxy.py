@@ -75,6 +75,14 @@ def parse(url: str) -> Proxy:
     return Proxy(parts.hostname, port or DEFAULT_PORT, credentials)
 
 
+def masked(url: str) -> str:
+    """A proxy URL as it may be shown: ``***`` stands for the password."""
+    account, at, where = url.rpartition("@")
+    scheme = "http://" if account.startswith("http://") else ""
+    user, colon, _ = account.removeprefix(scheme).partition(":")
+    return f"{scheme}{user}{colon and ':***'}{at}{where}"
+
+
 def settings(configured: str, environment: Mapping[str, str] = os.environ) -> ProxySettings:
     """The configured proxy, else the environment's; ``none`` means neither. Raises ValueError: not a proxy URL."""
     exceptions = environment.get("no_proxy") or environment.get("NO_PROXY") or ""

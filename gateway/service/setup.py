@@ -171,4 +171,4 @@ def _write_settings(path: Path, addresses: Sequence[HostPort]) -> None:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"cannot make {path.parent}: {exc.strerror or exc}") from exc
-    certificates.write_new(path, text.encode(), mode=0o644)
+    certificates.write_new(path, text.encode(), mode=config.file_mode())

@@ -6,6 +6,8 @@ import socket
 
 import pytest
 
+from device.config import AgentSettings
+from edgesync import config
 from edgesync.errors import PeerUnreachableError
 from edgesync.io import proxy
 from edgesync.io.proxy import (
@@ -56,6 +58,24 @@ def test_the_password_is_never_written() -> None:
     with pytest.raises(ValueError, match="character") as caught:
         parse("http://user:sec%0d%0aret@proxy")
     assert "ret" not in str(caught.value).replace("character", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://u:se@c:ret@host:80", "http://u:***@host:80"),
+        ("u:secret@host", "u:***@host"),
+        ("HTTP://u:secret@host", "HTTP:***@host"),
+        ("http://u@host", "http://u@host"),
+        ("http://host:80", "http://host:80"),
+        ("none", "none"),
+        ("", ""),
+    ],
+)
+def test_config_show_masks_the_password(url: str, shown: str) -> None:
+    assert proxy.masked(url) == shown
+    rows = config.show(config.load(AgentSettings, None, environ={}, flags={"proxy": url or None}))
+    assert {row["key"]: row["value"] for row in rows}["proxy"] == shown
 
 
 @pytest.mark.parametrize(

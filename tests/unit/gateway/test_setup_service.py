@@ -49,6 +49,7 @@ def test_secrets_are_for_the_owner_alone(made):
     for path in store.datadir.path.rglob("*.key"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(store.datadir.path.stat().st_mode) == 0o700
+    assert not stat.S_IMODE(store.datadir.config.stat().st_mode) & 0o007
 
 
 def test_settings_are_written_commented_and_read_back(made):
