@@ -166,6 +166,14 @@ MAX_MQTT_UNPROVEN: Final = 64
 MAX_MQTT_UNPROVEN_PER_ADDRESS: Final = 32
 MQTT_UNPROVEN_TIMEOUT_S: Final = 20.0
 """TCP, TLS and CONNECT take three round trips, and a lost packet costs seconds on a path with two of round trip."""
+MAX_RELAY_UNPROVEN: Final = 32
+"""MQTT relays whose broker has not answered often enough: a bare ClientHello buys a whole one, two sockets."""
+MAX_RELAY_UNPROVEN_PER_ADDRESS: Final = 4
+"""One source that opens relays and stays silent leaves places for others."""
+RELAY_UNPROVEN_TIMEOUT_S: Final = 10.0
+"""Such a relay ends then, silent or not: a stranger that trickles holds it no longer."""
+RELAY_PROVEN_ANSWERS: Final = 3
+"""Answers of the broker to what came since its last: two (a HelloRetryRequest, its handshake) need no certificate."""
 MAX_MQTT_KEEPALIVE_S: Final = 600
 MAX_MQTT_PACKETS_S: Final = 100
 MAX_MQTT_PACKET_BURST: Final = 1000

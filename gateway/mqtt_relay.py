@@ -1,8 +1,9 @@
 """Carries MQTT from the gateway's TLS port to an external broker, for devices that cannot reach the broker's port.
 
 Bytes go through unread: TLS is between device and broker, who judge each other's certificates as ever. What it does
-not do: parse MQTT, count messages, reconnect. Bounds: connections in all and per address, one chunk of
-MAX_CHUNK_BYTES per direction, and an end for every silence.
+not do: parse TLS or MQTT, count messages, reconnect. Bounds: connections in all and per address, fewer and for a short
+time until the broker has answered as it answers members only, one chunk of MAX_CHUNK_BYTES per direction, and an end
+for every silence.
 
 Called by ``gateway.daemon``.
 """
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import socket
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 from edgesync import limits
@@ -31,19 +33,27 @@ class MqttRelay:
         self._broker = broker
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_host: Counter[str] = Counter()
+        self._unproven: Counter[str] = Counter()
         self.refused = 0
+
+    @property
+    def unproven(self) -> int:
+        return self._unproven.total()
 
     def adopt(self, connection: socket.socket, host: str) -> None:
         """Relay a TCP connection from ``host`` of which nothing was read yet."""
         if (
             len(self._tasks) >= limits.MAX_MQTT_CLIENTS
             or self._by_host[host] >= MAX_PER_ADDRESS
+            or self.unproven >= limits.MAX_RELAY_UNPROVEN
+            or self._unproven[host] >= limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
             or not self._broker.tls
         ):
             self.refused += 1
             connection.close()
             return
         self._by_host[host] += 1
+        self._unproven[host] += 1
         task = asyncio.ensure_future(self._relay(connection, host))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -55,15 +65,23 @@ class MqttRelay:
 
     async def _relay(self, near: socket.socket, host: str) -> None:
         far: socket.socket | None = None
+        proof = _Proof()
+        proof.given.add_done_callback(lambda _given: _less(self._unproven, host))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 far = await self._connect()
             tasks = {
-                asyncio.ensure_future(_copy(near, far)),
-                asyncio.ensure_future(_copy(far, near)),
+                asyncio.ensure_future(_copy(near, far, proof.asked)),
+                asyncio.ensure_future(_copy(far, near, proof.answered)),
             }
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {*tasks, proof.given},
+                    timeout=limits.RELAY_UNPROVEN_TIMEOUT_S,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if proof.given.done():
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -74,9 +92,8 @@ class MqttRelay:
             near.close()
             if far is not None:
                 far.close()
-            self._by_host[host] -= 1
-            if not self._by_host[host]:
-                del self._by_host[host]
+            proof.given.cancel()
+            _less(self._by_host, host)
 
     async def _connect(self) -> socket.socket:
         loop = asyncio.get_running_loop()
@@ -100,8 +117,32 @@ class MqttRelay:
         raise error
 
 
-async def _copy(source: socket.socket, sink: socket.socket) -> None:
-    """Until either end closes, or nothing moves for SILENCE_S."""
+class _Proof:
+    """Counts the broker's answers: it goes on answering only whom it has let in."""
+
+    def __init__(self) -> None:
+        self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answers = 0
+        self._waits = False
+
+    def asked(self) -> None:
+        self._waits = True
+
+    def answered(self) -> None:
+        self._answers += self._waits
+        self._waits = False
+        if self._answers >= limits.RELAY_PROVEN_ANSWERS and not self.given.done():
+            self.given.set_result(None)
+
+
+def _less(counter: Counter[str], host: str) -> None:
+    counter[host] -= 1
+    if not counter[host]:
+        del counter[host]
+
+
+async def _copy(source: socket.socket, sink: socket.socket, moved: Callable[[], None]) -> None:
+    """Until either end closes, or nothing moves for SILENCE_S; ``moved`` is told of each chunk that came."""
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError, TimeoutError):
         while True:
@@ -109,4 +150,5 @@ async def _copy(source: socket.socket, sink: socket.socket) -> None:
                 data = await loop.sock_recv(source, MAX_CHUNK_BYTES)
                 if not data:
                     return
+                moved()
                 await loop.sock_sendall(sink, data)

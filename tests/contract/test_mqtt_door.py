@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edgesync import limits
 from edgesync.config import HostPort
 from edgesync.io.broker_url import parse_broker_url
 from edgesync.io.mqtt import MqttLink
@@ -62,6 +63,10 @@ async def test_a_device_reaches_an_external_broker_through_the_door(
     try:
         await asyncio.wait_for(link.wait_connected(), 20)
         assert f"port {endpoint.port}" in link.status().detour
+        async with asyncio.timeout(limits.RELAY_UNPROVEN_TIMEOUT_S):
+            while relay.unproven:  # noqa: ASYNC110 - the relay tells nobody
+                await asyncio.sleep(0.01)
+        assert link.status().connected
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
