@@ -67,6 +67,8 @@ class MqttRelay:
         far: socket.socket | None = None
         proof = _Proof()
         proof.given.add_done_callback(lambda _given: _less(self._unproven, host))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limits.RELAY_UNPROVEN_TIMEOUT_S
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 far = await self._connect()
@@ -77,7 +79,7 @@ class MqttRelay:
             try:
                 await asyncio.wait(
                     {*tasks, proof.given},
-                    timeout=limits.RELAY_UNPROVEN_TIMEOUT_S,
+                    timeout=max(0.0, deadline - loop.time()),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if proof.given.done():
