@@ -402,7 +402,8 @@ class Swarm:
                     failures = 0  # an outage: back at once
                     continue
                 failures = min(failures + 1, 16)
-                await self._pause(self._rng.uniform(0.0, FIRST_RETRY_S * 2.0**failures), failures)
+                ceiling = min(FIRST_RETRY_S * 2.0**failures, MAX_RETRY_S)
+                await self._pause(self._rng.uniform(0.0, ceiling), failures)
                 continue
             self._gateway_wanted.clear()
             if not self._needs_gateway:
@@ -424,7 +425,6 @@ class Swarm:
 
     async def _pause(self, wait_s: float, failures: int) -> int:
         """Wait, unless word comes that the gateway is there; the failures that count from then on."""
-        wait_s = min(wait_s, MAX_RETRY_S)
         logger.debug("%s; again in %.1f s", self._gateway_problem, wait_s)
         self._gateway_seen.clear()
         try:
