@@ -87,6 +87,11 @@ def load_manifest(store: GatewayStore, digest: Digest) -> bytes:
     return data
 
 
+def has_manifest(store: GatewayStore, digest: Digest) -> bool:
+    """Whether there is one, damaged or not."""
+    return (store.datadir.blobs / digest).is_file()
+
+
 def load_summary(store: GatewayStore, digest: Digest) -> Summary:
     """Raises what ``load_manifest`` raises."""
     return _summary.decode(load_manifest(store, digest))
@@ -100,6 +105,7 @@ def delete_manifest(store: GatewayStore, digest: Digest) -> None:
 __all__ = [
     "Summary",
     "delete_manifest",
+    "has_manifest",
     "load_manifest",
     "load_summary",
     "migrations",

@@ -43,7 +43,7 @@ from gateway.store import GatewayStore
 MAX_RELEASE_COUNTER: Final = 2**31 - 1
 MAX_HARDWARE: Final = 64
 _ATTEMPTS: Final = 3
-"""How often pieces that ``remove`` dropped in the meantime are stored again before it is given up."""
+"""How often what ``remove`` dropped in the meantime is stored again before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def remove(
         )
     with PieceStore.open(store) as pieces:
         pieces.reclaim(extents)
-    catalogue.delete_manifest(store, bundle.digest)
+    _delete_unlisted_manifest(store, repo, bundle)
     return {"id": bundle.digest, "name": name, "version": version, "freed_bytes": freed}
 
 
@@ -421,10 +421,12 @@ def _list(
     new_wire_bytes: int,
     utc_now: float,
 ) -> BundleTarget | None:
-    """Sign, record and tell, in one transaction; None if a piece is no longer held."""
+    """Sign, record and tell, in one transaction; None if a piece or the manifest is no longer held."""
     digest = manifest.digest(data)
     with store.atomic() as db:
         if packs.count_held(db.conn, content.ids()) != len(content.piece_lengths):
+            return None
+        if not catalogue.has_manifest(store, digest):
             return None
         before = repo.trusted().find(draft.name, draft.version)
         listed = repo.publish(
@@ -541,6 +543,17 @@ def _refuse_assigned(store: GatewayStore, trusted: Trusted, bundle: BundleTarget
         raise ConflictError(
             f"{what} is named by a standing rule: edgesync unassign {bundle.name} --all first"
         )
+
+
+def _delete_unlisted_manifest(store: GatewayStore, repo: Repository, removed: BundleTarget) -> None:
+    """Delete the manifest of what was ``removed``, unless it was published again since.
+
+    Not in the transaction of the removal, which may yet fail; in one all the same, since ``_list`` looks for the
+    manifest in its own: the one that comes second sees what the other did.
+    """
+    with store.atomic():
+        if all(bundle.digest != removed.digest for bundle in repo.trusted().bundles):
+            catalogue.delete_manifest(store, removed.digest)
 
 
 def _drop_unshared(store: GatewayStore, trusted: Trusted, bundle: BundleTarget) -> list[Extent]:

@@ -397,6 +397,50 @@ def test_pieces_removed_while_a_publish_counts_on_them(
     assert gateway.bad("new@1") == []
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_published_again_between_a_removal_and_the_end_of_its_manifest(
+    gateway: Gateway, tree: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    gateway.publish(tree, "app@1")
+    if shared:
+        gateway.publish(tree, "other@1")
+    reclaim = packs.PieceStore.reclaim
+
+    with GatewayStore.open(gateway.store.datadir) as store:
+
+        def interrupted(pieces: packs.PieceStore, extents: Any) -> None:
+            monkeypatch.undo()
+            reclaim(pieces, extents)
+            Gateway(store).publish(tree, "app@1")
+
+        monkeypatch.setattr(packs.PieceStore, "reclaim", interrupted)
+        gateway.remove("app@1")
+    assert "app@1" in gateway.listed()
+    assert gateway.bad("app@1") == []
+
+
+def test_a_manifest_removed_while_a_publish_counts_on_it(
+    gateway: Gateway, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another bundle keeps the pieces, so that the manifest alone is missed."""
+    gateway.publish(tree, "other@1")
+    gateway.publish(tree, "app@1")
+    save = catalogue.save_manifest
+
+    with GatewayStore.open(gateway.store.datadir) as store:
+
+        def then_removed(given: GatewayStore, data: bytes) -> Any:
+            monkeypatch.undo()
+            digest = save(given, data)
+            Gateway(store).remove("app@1")
+            return digest
+
+        monkeypatch.setattr(catalogue, "save_manifest", then_removed)
+        gateway.publish(tree, "app@1")
+    assert "app@1" in gateway.listed()
+    assert gateway.bad("app@1") == []
+
+
 def test_two_publishes_of_one_version(gateway: Gateway, tree: Path, tmp_path: Path) -> None:
     """The second of two commands commits between the scan and the signature of the first."""
     save = catalogue.save_manifest
