@@ -27,6 +27,15 @@ GatewayOption = Annotated[
         "--gateway-quic", help="Reach the gateway here, HOST:PORT (NAT, relay).", show_default=False
     ),
 ]
+ProxyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        help="HTTP proxy out of the site, http://HOST[:PORT], or none. Other users of this machine can see it: "
+        "give one with a password in EDGESYNC_PROXY or agent.toml.",
+        show_default=False,
+    ),
+]
 
 MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
@@ -91,19 +100,30 @@ def join(
         str, typer.Option("--hardware", help="Hardware type that bundles may ask for.")
     ] = "",
     gateway_quic: GatewayOption = None,
+    proxy: ProxyOption = None,
     data: DataOption = None,
     json: JsonOption = False,
 ) -> None:
     """Enrol this machine with a token made on the gateway."""
     from device import joining
     from edgesync.cli import output
+    from edgesync.cli.errors import complain
     from edgesync.storage import datadir
 
     token = _read_token(token_file)
     path = datadir.choose_path("agent", data)
     joined = joining.join(
-        path, token, device_id=device_id, hardware=hardware, gateway_quic=gateway_quic
+        path,
+        token,
+        device_id=device_id,
+        hardware=hardware,
+        gateway_quic=gateway_quic,
+        proxy=proxy,
     )
+    if proxy and not joined["settings_written"]:
+        complain(
+            "agent.toml was there before and is kept: the agent uses the proxy that it names, not --proxy"
+        )
     if json:
         output.print_json({"schema": "edgesync.agent-join/1", **joined})
         return
@@ -117,13 +137,16 @@ def join(
 
 @agent_app.command("recover")
 def recover(
-    token_file: TokenOption = None, gateway_quic: GatewayOption = None, data: DataOption = None
+    token_file: TokenOption = None,
+    gateway_quic: GatewayOption = None,
+    proxy: ProxyOption = None,
+    data: DataOption = None,
 ) -> None:
     """Join again with the same key after both copies of trust.db were lost; floors restart from what is installed."""
     from device import joining
 
     token = _read_token(token_file)
-    joined = joining.recover(_data_dir(data), token, gateway_quic=gateway_quic)
+    joined = joining.recover(_data_dir(data), token, gateway_quic=gateway_quic, proxy=proxy)
     typer.echo(
         f"recovered {joined['id']}: trust metadata fetched again, {joined['floors']} floors set from bundles"
     )

@@ -21,7 +21,11 @@ def _interface(value: Any) -> str:
 
 
 def _proxy(value: Any) -> str:
-    url = text(value)
+    try:
+        url = text(value)
+    except ValueError:
+        # The value may hold a password: it is not repeated.
+        raise ValueError("it is not one line of printable text") from None
     if url and url != proxy.NONE:
         proxy.parse(url)
     return url

@@ -121,9 +121,18 @@ class Membership:
 
 
 def join(
-    path: Path, token_text: str, *, device_id: str | None, hardware: str, gateway_quic: str | None
+    path: Path,
+    token_text: str,
+    *,
+    device_id: str | None,
+    hardware: str,
+    gateway_quic: str | None,
+    proxy: str | None = None,
 ) -> dict[str, Any]:
-    """Make ``path`` the data directory of a member. Raises EdgeSyncError with one sentence for whatever is wrong."""
+    """Make ``path`` the data directory of a member. Raises EdgeSyncError with one sentence for whatever is wrong.
+
+    ``agent.toml`` keeps ``gateway_quic`` and ``proxy``, unless it was there before.
+    """
     token = jointoken.decode(token_text)
     data = _directory(path)
     if data.join_file.exists():
@@ -132,26 +141,32 @@ def join(
             raise ConflictError(
                 f"{path} has joined as {held.id} already: name another directory with --data"
             )
+    proxies = _proxies(data, proxy)
     identity = load_or_make_identity(data)
     name = _device_id(device_id, identity)
     gateway = _parse(gateway_quic) if gateway_quic else None
     membership = asyncio.run(
-        _ask(data, identity, token, token_text, name, hardware, gateway, _proxies())
+        _ask(data, identity, token, token_text, name, hardware, gateway, proxies)
     )
-    if not data.config.exists():
-        flags = {"gateway_quic": gateway_quic} if gateway_quic else {}
+    written = not data.config.exists()
+    if written:
+        given = {"gateway_quic": gateway_quic, "proxy": proxy}
+        flags = {key: value for key, value in given.items() if value}
         data.config.parent.mkdir(parents=True, exist_ok=True)
         text = config.render(AgentSettings, "Settings of the EdgeSync agent", flags)
         write_file(data.config, text.encode(), mode=config.file_mode())
-    return _told(membership)
+    return {**_told(membership), "settings_written": written}
 
 
-def recover(data: DataDir, token_text: str, *, gateway_quic: str | None) -> dict[str, Any]:
+def recover(
+    data: DataDir, token_text: str, *, gateway_quic: str | None, proxy: str | None = None
+) -> dict[str, Any]:
     """Start trust anew with the same key. Raises ConflictError: the stored trust is readable, nothing to recover."""
     from device.bundle_store import BundleStore
     from device.state import StateDatabase
 
     token = jointoken.decode(token_text)
+    proxies = _proxies(data, proxy)
     with data.lock():
         with contextlib.suppress(StateCorruptError):
             TrustStore.open(data.path).close()
@@ -161,7 +176,7 @@ def recover(data: DataDir, token_text: str, *, gateway_quic: str | None) -> dict
         identity = load_or_make_identity(data)
         gateway = _parse(gateway_quic) if gateway_quic else None
         membership = asyncio.run(
-            _ask(data, identity, token, token_text, held.id, held.hardware, gateway, _proxies())
+            _ask(data, identity, token, token_text, held.id, held.hardware, gateway, proxies)
         )
         state = StateDatabase.open(data.state_database)
         store = BundleStore.open(data.path, state)
@@ -224,9 +239,9 @@ def _parse(text: str) -> HostPort:
         raise UsageError(f"--gateway-quic: {exc}") from exc
 
 
-def _proxies() -> ProxySettings:
-    """Before there is a configuration, the environment alone names a proxy."""
-    return AgentSettings().proxies()
+def _proxies(data: DataDir, flag: str | None) -> ProxySettings:
+    """As the agent finds its proxy; ``agent.toml`` may be there before the machine has joined."""
+    return config.load(AgentSettings, data.config, flags={"proxy": flag}).values.proxies()
 
 
 def _device_id(given: str | None, identity: Identity) -> DeviceId:

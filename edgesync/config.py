@@ -222,8 +222,9 @@ def _check_v6(host: str, text: str) -> None:
 
 
 def text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 4096 or any(ord(c) < 32 for c in value):
-        raise ValueError(f"{value!a} is not one line of text")
+    """One line that can be printed as it is. Raises ValueError."""
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise ValueError(f"{value!a} is not one line of printable text")
     return value
 
 

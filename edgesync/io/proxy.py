@@ -58,12 +58,19 @@ class ProxySettings:
 def parse(url: str) -> Proxy:
     """``http://[USER:PASSWORD@]HOST[:PORT]``. Raises ValueError, without the password in its text."""
     wrong = "is no proxy: write http://[USER:PASSWORD@]HOST[:PORT], or none"
+    if not url.isprintable():
+        raise ValueError(f"what is given {wrong}")
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port
     except ValueError:
         raise ValueError(f"what is given {wrong}") from None
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+    if (
+        parts.scheme != "http"
+        or not parts.hostname
+        or parts.path.strip("/")
+        or parts[3:] != ("", "")
+    ):
         raise ValueError(f"what is given {wrong}")
     if not _HOST.match(parts.hostname):
         raise ValueError(f"what is given {wrong}")

@@ -152,6 +152,14 @@ def test_not_addresses(text):
         config.parse_host_port(":80")
 
 
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31m", "\x7f", "\x9b31m", "\u202e", 3, "x" * 5000])
+def test_text_is_one_line_that_can_be_printed(text):
+    with pytest.raises(ValueError, match="not one line of printable text") as caught:
+        config.text(text)
+    assert str(caught.value).isprintable()
+    assert config.text("ä b c") == "ä b c"
+
+
 def test_one_of_its_names():
     parse = config.one_of("auto", "bbr")
     assert parse("bbr") == "bbr"

@@ -8,7 +8,7 @@ import pytest
 
 from device.config import AgentSettings
 from edgesync import config
-from edgesync.errors import PeerUnreachableError
+from edgesync.errors import ConfigError, PeerUnreachableError
 from edgesync.io import proxy
 from edgesync.io.proxy import (
     Proxy,
@@ -43,6 +43,12 @@ def test_the_environment_and_its_exceptions() -> None:
         "http://p/path",
         "http://u:p@pr oxy:3128",
         "http://pr%20 y",
+        "http://p\x7f",
+        "http://us\x9ber:p@p",
+        "http://p:80/#\x1b[31m",
+        "http://p:80/#more",
+        "\x1bhttp://p",
+        "http://p\u202e",
     ],
 )
 def test_no_proxy_url(url: str) -> None:
@@ -76,6 +82,15 @@ def test_config_show_masks_the_password(url: str, shown: str) -> None:
     assert proxy.masked(url) == shown
     rows = config.show(config.load(AgentSettings, None, environ={}, flags={"proxy": url or None}))
     assert {row["key"]: row["value"] for row in rows}["proxy"] == shown
+
+
+@pytest.mark.parametrize("bad", ["\x1b[31m", "\n", "\x7f", "\x9b", "\u202e", "\u2028"])
+def test_what_cannot_be_printed_is_refused_without_its_password(bad: str) -> None:
+    for url in (f"http://us{bad}er:secret@host", f"http://user:secret@host/#{bad}"):
+        with pytest.raises(ConfigError, match="EDGESYNC_PROXY: it is not one line") as caught:
+            config.load(AgentSettings, None, environ={"EDGESYNC_PROXY": url})
+        assert str(caught.value).isprintable()
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
