@@ -35,17 +35,8 @@ from edgesync.transport.interfaces import Interfaces
 from edgesync.transport.link import Link
 from edgesync.transport.quic import CONNECTION_ID_BYTES, DEFAULT_CONTROLLER
 from edgesync.transport.streams import LinkOwner
-from edgesync.transport.udp import (
-    COALESCE_S,
-    LONG_COALESCE_S,
-    Address,
-    UdpSocket,
-    bind,
-    source_key,
-)
+from edgesync.transport.udp import Address, UdpSocket, bind, source_key
 
-LONG_PATH_RTT_S: Final = 0.03
-"""Where all that comes is from so far away, the reader may pause longer."""
 REFUSALS_PER_S: Final = 50
 """Stateless answers to strangers: each costs key derivation, so a flood gets silence."""
 
@@ -207,8 +198,8 @@ class Switchboard:
     def _batch_done(self) -> None:
         self._deliver()
         touched, self._touched = self._touched, {}
-        far = bool(touched) and all(link.quic.smoothed_rtt() > LONG_PATH_RTT_S for link in touched)
-        self.socket.pause_s = LONG_COALESCE_S if far else COALESCE_S
+        if touched:
+            self.socket.suit_delay(min(link.quic.smoothed_rtt() for link in touched))
         now = self._loop.time()
         for link in touched:
             link.settle(now, len(touched))

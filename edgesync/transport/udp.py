@@ -29,11 +29,12 @@ RECEIVE_BYTES: Final = 65_536
 """One buffer for whatever one call brings, a datagram or many joined: nothing is allocated by what is announced."""
 COALESCE_S: Final = 0.002
 """Pause of the reader while datagrams trickle in."""
-LONG_COALESCE_S: Final = 0.004
-"""The same where it is little beside the path's delay."""
-COALESCE_BELOW: Final = 8
-"""Datagrams a wake-up brings from which on reading at once costs less than it saves."""
-_BUSY_GAP_S: Final = 0.005
+MAX_COALESCE_S: Final = 0.008
+"""The same where it is little beside the path's delay; well below the 25 ms by which an acknowledgement may wait."""
+COALESCE_OF_RTT: Final = 1 / 12
+COALESCE_BELOW_RATE: Final = 4000
+"""Datagrams a second from which on reading at once costs less than a pause saves."""
+_BUSY_GAP_S: Final = 0.003
 _BUSY_DATAGRAMS: Final = 8
 MAX_SEGMENTS: Final = 60
 MAX_SEGMENTED_BYTES: Final = 64_000
@@ -279,13 +280,18 @@ class UdpSocket:
         self._received(datagrams, address)
         return len(datagrams)
 
+    def suit_delay(self, rtt_s: float) -> None:
+        """Pause as long as a path of this round trip hardly notices."""
+        self.pause_s = min(max(COALESCE_S, rtt_s * COALESCE_OF_RTT), MAX_COALESCE_S)
+
     def _consider_pause(self, count: int) -> None:
         """Let datagrams gather in the kernel while they come often, but few at a time."""
         now = self._loop.time()
-        recent = now - self._read_at < _BUSY_GAP_S
+        recent = now - self._read_at < self.pause_s + _BUSY_GAP_S
         self._busy = min(self._busy + count, BATCH) if recent else 0
         self._read_at = now
-        if self._busy >= _BUSY_DATAGRAMS and 0 < count < COALESCE_BELOW and self._pause is None:
+        few = COALESCE_BELOW_RATE * self.pause_s
+        if self._busy >= _BUSY_DATAGRAMS and 0 < count < few and self._pause is None:
             self._listen(on=False)
             self._pause = self._loop.call_later(self.pause_s, self._resume)
 

@@ -500,3 +500,5 @@ class BbrController(CongestionController):
         if self.rate_cap_bytes_s:
             rate = min(rate, self.rate_cap_bytes_s)
         self.pacer.set_rate(rate)
+        if self._min_rtt < math.inf:
+            self.pacer.suit_delay(self._min_rtt)

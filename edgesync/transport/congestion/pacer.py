@@ -15,8 +15,10 @@ from typing import Final
 
 BURST_S: Final = 0.004
 """Seconds of the rate that may leave at one wake-up."""
-QUANTUM_S: Final = 0.002
-"""Seconds of the rate worth a wake-up: below, timers cost more than smoothness gains."""
+QUANTUM_S: Final = (0.002, 0.004)
+"""Seconds of the rate worth a wake-up: below, timers cost more than smoothness gains. The longer one is for paths whose
+delay hides it."""
+QUANTUM_OF_RTT: Final = 1 / 12
 LATE_S: Final = 0.012
 """A wake-up that comes late may make up for as much. Otherwise a machine that is busy with other things sends less than
 its rate, a model of the path takes that for what the path carries, and the next rate is lower still."""
@@ -137,6 +139,7 @@ class Pacer:
         self.rate_bytes_s = 0.0
         self.min_burst = MIN_BURST
         """Datagrams that may leave at a wake-up even where ``BURST_S`` of the rate is less."""
+        self.quantum_s = QUANTUM_S[0]
         self._credit = 0.0
         self._at: float | None = None
         self._due: float | None = None
@@ -148,6 +151,10 @@ class Pacer:
     def set_rate(self, rate_bytes_s: float) -> None:
         """What the controller wants from now on, bytes per second; 0: no pacing."""
         self.rate_bytes_s = rate_bytes_s
+
+    def suit_delay(self, rtt_s: float) -> None:
+        """Wake up as seldom as a path of this round trip hardly notices."""
+        self.quantum_s = min(max(QUANTUM_S[0], rtt_s * QUANTUM_OF_RTT), QUANTUM_S[1])
 
     def set_limiters(self, limiters: tuple[RateLimiter, ...]) -> None:
         """The caps this connection shares with others; replaces those set before."""
@@ -186,7 +193,7 @@ class Pacer:
         """When to try again: None now, else the time at which a quantum, or ``room`` datagrams if fewer, may leave."""
         if self.rate_bytes_s > 0.0:
             have = self._own_quota(now)
-            want = int(self.rate_bytes_s * QUANTUM_S / self.datagram_bytes)
+            want = round(self.rate_bytes_s * self.quantum_s / self.datagram_bytes)
             want = max(1, min(want, self.burst, room))
             if have < want:
                 missing = (want - 1) * self.datagram_bytes - self._credit
