@@ -353,9 +353,23 @@ class StagedBundle(Bundle):
         source: Source | None = None,
         carried_bytes: int = 0,
     ) -> bool:
+        """``put_piece``, and keep the counters where that is due."""
+        fresh = self.put_piece(index, plain, source=source, carried_bytes=carried_bytes)
+        self.save_counters(force=False)
+        return fresh
+
+    def put_piece(
+        self,
+        index: int,
+        plain: bytes | memoryview,
+        *,
+        source: Source | None = None,
+        carried_bytes: int = 0,
+    ) -> bool:
         """Store one piece at all its occurrences; False if it was held already.
 
-        With ``source`` the bytes as carried are counted, also those of a piece that was held.
+        With ``source`` the bytes as carried are counted, also those of a piece that was held; ``save_counters`` is the
+        caller's.
 
         Raises:
             PieceHashMismatchError: the bytes are not that piece; nothing was written.
@@ -380,7 +394,6 @@ class StagedBundle(Bundle):
                 except OSError as exc:
                     raise self.store.failure(exc, f"writing {self.name}@{self.version}") from exc
                 self.wrote(index)
-        self.save_counters(force=False)
         return fresh
 
     def _put(self, file: int, offset: int, plain: bytes | memoryview) -> None:

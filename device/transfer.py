@@ -1,8 +1,9 @@
 """One bundle on its way to this device: runs the download core's decisions against connections and the store.
 
-It moves, checks and writes pieces; which and from whom is ``device.core.download``'s. Invariants: a piece is hashed
-before it is written; a request's task holds at most one piece beside what the transport buffers; peers hear of a piece
-after it was written, the gateway after it is durable; a failing disk ends the transfer, a failing network never does.
+It moves pieces and has them written (``device.piece_writer``); which and from whom is ``device.core.download``'s.
+Invariants: a request's task holds at most one piece beside what the transport buffers and the writer takes; peers hear
+of a piece after it was written, the gateway after it is durable; a failing disk ends the transfer, a failing network
+never does.
 """
 
 import asyncio
@@ -15,8 +16,8 @@ from typing import Final, Protocol, assert_never
 from device.bundle_store import StagedBundle
 from device.core import events as e
 from device.core.download import Download
+from device.piece_writer import PieceWriter, ReceivedPiece
 from device.serving import Uploads
-from edgesync import piece_codec
 from edgesync.errors import EdgeSyncError, StorageError, VerificationError
 from edgesync.ids import Digest, PeerKey
 from edgesync.io.runner import Runner
@@ -69,6 +70,9 @@ class Transfer:
         self._runner = Runner[e.DownloadEvent, e.DownloadEffect](
             self.core, self._perform, tick=e.Tick()
         )
+        self._writer = PieceWriter(
+            staged, written=self._written, rejected=self._rejected, failed=self._fail
+        )
         self._streams: dict[PeerKey, dict[asyncio.Task[None], None]] = {}
         self._seen_bytes: dict[PeerKey, int] = {}
         self._tell_moved_at = 0.0
@@ -106,6 +110,7 @@ class Transfer:
             if self._flushing is not None:
                 tasks.append(self._flushing)
             await asyncio.gather(flusher, *tasks, return_exceptions=True)
+            await self._writer.drained()
 
     def _fail(self, error: StorageError) -> None:
         if self._failure is None:
@@ -193,57 +198,33 @@ class Transfer:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
                         await self._take(source, waiting.pop(answer.piece), answer)
-        except StorageError as exc:
-            self._fail(exc)
-            return
+        except StorageError:
+            return  # the writer said so
         except EdgeSyncError as exc:
             logger.debug("a request to %s broke off: %s", source[:16], exc)
         for piece in waiting.values():
             self.feed(e.PieceFailed(source, piece, "broken"))
 
     async def _take(self, source: PeerKey, piece: int, answer: PieceAnswer) -> None:
-        """Check and write one answer. Raises StorageError."""
+        """Have one answer checked and written. Raises StorageError."""
         if answer.missing is not None:
             self.feed(e.PieceFailed(source, piece, answer.missing))
             return
-        carried = len(answer.data)
-        writing = self._loop.run_in_executor(
-            self.staged.store.executor, self._write, source, piece, answer
-        )
-        try:
-            # A cancelled request must not leave a piece written that nobody was told of.
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            writing.add_done_callback(lambda done: self._written_late(source, piece, carried, done))
-            raise
-        except VerificationError as exc:
-            self._reject(source, piece, exc)
-            return
-        self._uploads.remember(self.digest, piece, answer.encoding, answer.data)
-        conn = self._around.source(source)
+        await self._writer.put(ReceivedPiece(source, piece, answer))
+
+    def _written(self, piece: ReceivedPiece) -> None:
+        answer = piece.answer
+        self._uploads.remember(self.digest, piece.index, answer.encoding, answer.data)
+        conn = self._around.source(piece.source)
         rtt_s = conn.rtt if conn is not None else 0.0
-        self.feed(e.PieceArrived(source, piece, carried, rtt_s))
+        self.feed(e.PieceArrived(piece.source, piece.index, len(answer.data), rtt_s))
 
-    def _written_late(
-        self, source: PeerKey, piece: int, carried: int, done: "asyncio.Future[None]"
-    ) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self.feed(e.PieceArrived(source, piece, carried))
-
-    def _reject(self, source: PeerKey, piece: int, error: VerificationError) -> None:
+    def _rejected(self, piece: ReceivedPiece, error: VerificationError) -> None:
+        source = piece.source
         self.staged.count_rejected()
         self._around.rejected(source)
-        logger.warning("piece %d from %s was rejected: %s", piece, source[:16], error)
-        self.feed(e.PieceFailed(source, piece, "bad_hash"))
-
-    def _write(self, source: PeerKey, piece: int, answer: PieceAnswer) -> None:
-        plain = piece_codec.decode(answer.encoding, answer.data, self._lengths[piece])
-        self.staged.write_piece(
-            piece,
-            plain,
-            source="gateway" if source == e.GATEWAY else "peer",
-            carried_bytes=len(answer.data),
-        )
+        logger.warning("piece %d from %s was rejected: %s", piece.index, source[:16], error)
+        self.feed(e.PieceFailed(source, piece.index, "bad_hash"))
 
 
 __all__ = ["Neighbourhood", "Transfer"]

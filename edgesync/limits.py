@@ -110,6 +110,8 @@ FIRST_ANSWER_WINDOW_BYTES: Final = 512 * KIB
 """How far ahead of the reader an answer may be at first; it follows the path's bandwidth and delay from there."""
 MAX_ANSWER_WINDOW_BYTES: Final = 8 * MIB
 """Four times what 20 Mbit/s hold at 800 ms; a peer that leaves gaps makes us hold as much, within the budget."""
+MAX_UNWRITTEN_BYTES: Final = 2 * MIB
+"""Bytes of pieces of one bundle that wait for the disk before those that bring more wait: a slow disk costs no more."""
 LAN_WINDOW_BYTES: Final = 2 * MIB
 """Bytes in flight towards all peers on short paths together: more overflows a receiver's socket, not the path."""
 MIN_LAN_WINDOW_BYTES: Final = 256 * KIB

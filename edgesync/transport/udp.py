@@ -32,9 +32,13 @@ COALESCE_S: Final = 0.002
 MAX_COALESCE_S: Final = 0.008
 """The same where it is little beside the path's delay; well below the 25 ms by which an acknowledgement may wait."""
 COALESCE_OF_RTT: Final = 1 / 12
+SLOW_COALESCE_S: Final = 0.004
+SLOW_RATE: Final = 2500
+"""Datagrams a second up to which a pause of ``SLOW_COALESCE_S`` is harmless on any path: whatever window they come from
+is not what holds them back."""
 COALESCE_BELOW_RATE: Final = 4000
 """Datagrams a second from which on reading at once costs less than a pause saves."""
-_BUSY_GAP_S: Final = 0.003
+_BUSY_GAP_S: Final = 0.005
 _BUSY_DATAGRAMS: Final = 8
 MAX_SEGMENTS: Final = 60
 MAX_SEGMENTED_BYTES: Final = 64_000
@@ -287,13 +291,13 @@ class UdpSocket:
     def _consider_pause(self, count: int) -> None:
         """Let datagrams gather in the kernel while they come often, but few at a time."""
         now = self._loop.time()
-        recent = now - self._read_at < self.pause_s + _BUSY_GAP_S
-        self._busy = min(self._busy + count, BATCH) if recent else 0
-        self._read_at = now
+        gap, self._read_at = now - self._read_at, now
+        self._busy = min(self._busy + count, BATCH) if gap < self.pause_s + _BUSY_GAP_S else 0
         few = COALESCE_BELOW_RATE * self.pause_s
         if self._busy >= _BUSY_DATAGRAMS and 0 < count < few and self._pause is None:
+            pause = max(self.pause_s, SLOW_COALESCE_S) if count < SLOW_RATE * gap else self.pause_s
             self._listen(on=False)
-            self._pause = self._loop.call_later(self.pause_s, self._resume)
+            self._pause = self._loop.call_later(pause, self._resume)
 
     def _listen(self, *, on: bool) -> None:
         """Have the loop call ``_readable``, or not. A pause after a pause changes nothing and costs nothing."""

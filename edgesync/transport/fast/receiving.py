@@ -31,8 +31,12 @@ _UNPACK_HEAD: Final = struct.Struct(f">B{CONNECTION_ID_BYTES}sH").unpack_from
 _UNPACK_MASK: Final = struct.Struct(">BH").unpack_from
 _FIXED_BITS: Final = 0xDC
 """Of the first byte: a short header, reserved bits, the key phase."""
-_UNPACK_COMMON: Final = struct.Struct(">BQH").unpack_from
-_COMMON_BYTES: Final = 12
+_COMMON: Final = tuple(
+    (struct.Struct(form).unpack_from, 1 + struct.calcsize(form), mask)
+    for form, mask in ((">BQH", 0), (">HQH", 0x4000), (">IQH", 0x80000000))
+)
+"""How our own sender writes stream ids below 64, 16,384 and 2^30: what reads it, its bytes with the type, the bits that
+say how long the id is."""
 _EIGHT_BYTES: Final = 0xC000000000000000
 _TWO_BYTES: Final = 0x4000
 """Tags of variable-length integers of these lengths."""
@@ -323,14 +327,11 @@ def _place(frame: bytes) -> tuple[int, int, int]:
     only one: stock code looks closer.
     """
     size = len(frame)
-    if size > _COMMON_BYTES and frame[0] == 0x0E:  # as our own sender writes it
-        stream_id, offset, length = _UNPACK_COMMON(frame, 1)
-        if (
-            stream_id < 0x40
-            and offset >= _EIGHT_BYTES
-            and length - _TWO_BYTES == size - _COMMON_BYTES
-        ):
-            return stream_id, offset - _EIGHT_BYTES, _COMMON_BYTES
+    if size > 16 and frame[0] == 0x0E and frame[1] < 0xC0:  # as our own sender writes it
+        unpack, count, id_bits = _COMMON[frame[1] >> 6]
+        stream_id, offset, length = unpack(frame, 1)
+        if offset >= _EIGHT_BYTES and length - _TWO_BYTES == size - count:
+            return stream_id ^ id_bits, offset - _EIGHT_BYTES, count
     stream_id, at = _varint(frame, 1)
     offset = 0
     if frame[0] & 4:
