@@ -72,7 +72,7 @@ ASSIGNMENT_RETRY_S = 10.0
 COALESCE_S = 0.1
 ASK_VERSIONS_S = 5.0
 LOOP_LAG_LIMIT_S = 10.0
-SPENT_LOOK_S = 2.0
+HINDRANCES_LOOK_S = 2.0
 START_TIMEOUT_S = 3600.0
 T = TypeVar("T")
 
@@ -275,7 +275,7 @@ class Agent:
                 self._keep_assignments(),
                 self._caps.run(),
                 self._budget.run(),
-                self._tell_spent(),
+                self._tell_hindrances(),
                 self._watchdog(),
                 self._keep_known_peers(),
                 network_watch.follow(self._network_changed),
@@ -491,13 +491,14 @@ class Agent:
             return ""
         return self._budget.verdict().reason
 
-    async def _tell_spent(self) -> None:
-        """The gateway hears soon when a transfer begins or ceases to wait for a budget, its own or the site's."""
-        told: set[str] = set()
+    async def _tell_hindrances(self) -> None:
+        """The gateway hears soon when a transfer begins or ceases to wait for a budget, and of blocked UDP."""
+        told = {""}
         while True:
-            await asyncio.sleep(SPENT_LOOK_S)
+            await asyncio.sleep(HINDRANCES_LOOK_S)
             rows = self._rows() if self._installer.rows else []
             found = {row.reason for row in rows if not row.ended and SPENT in row.reason}
+            found.add(self._swarm.carrier_problem())
             if found != told:
                 told = found
                 self._telemetry.state_changed()
@@ -578,6 +579,7 @@ class Agent:
             assignment_sequence=self._trust_store.assignment_sequence,
             outbox=reports.waiting,
             reports_lost=reports.lost,
+            udp_blocked=bool(self._swarm.carrier_problem()),
         )
 
     def _mqtt_progress(self) -> mqtt.Progress | None:

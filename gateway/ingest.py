@@ -119,7 +119,8 @@ class Ingest:
                 db.conn.execute(
                     "UPDATE devices SET online = 1, last_seen = ?, agent_version = ?, listen_port = ?, "
                     "local_addresses = ?, waiting = ?, root_version = ?, timestamp_version = ?, "
-                    "assignment_sequence = ?, state_epoch = ?, state_sequence = ?, reports_lost = ? WHERE id = ?",
+                    "assignment_sequence = ?, state_epoch = ?, state_sequence = ?, reports_lost = ?, "
+                    "udp_blocked = ? WHERE id = ?",
                     (
                         utc_now,
                         state.agent,
@@ -132,6 +133,7 @@ class Ingest:
                         state.epoch,
                         sequence,
                         state.reports_lost,
+                        state.udp_blocked,
                         device,
                     ),
                 )

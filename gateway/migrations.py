@@ -197,3 +197,9 @@ def m005_presence_epoch(db: Database) -> None:
     db.conn.execute(
         "CREATE TABLE presence_epoch (id INTEGER PRIMARY KEY CHECK (id = 1), next INTEGER NOT NULL)"
     )
+
+
+@migrations()
+def m006_udp_blocked(db: Database) -> None:
+    # Whether the device said last that UDP from it to its gateway gets no answer.
+    db.conn.execute("ALTER TABLE devices ADD COLUMN udp_blocked INTEGER NOT NULL DEFAULT 0")

@@ -184,6 +184,8 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Reports not acknowledged yet."""
     reports_lost: Count = 0
     """Results dropped from a full outbox since it was made."""
+    udp_blocked: bool = False
+    """UDP to the gateway gets no answer while TLS does: sessions with it go over TLS."""
 
 
 class Report(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -179,6 +179,11 @@ def _print_status(now: dict[str, Any]) -> None:
         typer.echo("running  no")
     counts = ", ".join(f"{count} {state}" for state, count in devices.items())
     typer.echo(f"devices  {counts}")
+    blocked = [site for site in now["sites"] if site["udp_blocked"]]
+    if blocked:
+        said = ", ".join(f"{site['udp_blocked']} at {site['site']}" for site in blocked[:8])
+        more = f" and {len(blocked) - 8} more sites" if len(blocked) > 8 else ""
+        typer.echo(f"tls      UDP is blocked for devices online: {output.clean(said)}{more}")
     replication = now["min_site_replication"]
     typer.echo(f"copies   {'nothing active' if replication is None else replication}")
     typer.echo(f"sent     {output.size(now['bytes_out'])}")

@@ -230,6 +230,7 @@ def _shown(row: Mapping[str, Any], bundles: list[dict[str, Any]]) -> dict[str, A
         "last_seen": row["last_seen"],
         "address": row["address"],
         "waiting": row["waiting"],
+        "udp_blocked": bool(row["udp_blocked"]),
         "reports_lost": row["reports_lost"],
         "metadata": {"root": row["root_version"], "timestamp": row["timestamp_version"]},
         "bundles": [

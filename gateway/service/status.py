@@ -26,11 +26,15 @@ def read(store: GatewayStore, *, utc_now: float) -> dict[str, Any]:
     metadata, key_problems = _metadata(store, utc_now)
     counts: Counter[str] = Counter()
     devices_at: Counter[str] = Counter()
+    blocked_at: Counter[str] = Counter()
     for row in store.rows("SELECT * FROM devices"):
         counts[row["state"]] += 1
         if row["state"] == "accepted":
-            devices_at[labels_of(row)["site"]] += 1
-            counts["online"] += bool(row["online"]) and runtime["running"]
+            site = labels_of(row)["site"]
+            devices_at[site] += 1
+            is_online = bool(row["online"]) and runtime["running"]
+            counts["online"] += is_online
+            blocked_at[site] += is_online and bool(row["udp_blocked"])
     sent = {row["site"]: row["bytes_out"] for row in store.rows("SELECT * FROM site_bytes")}
     broker = runtime["broker"]
     problems = list(key_problems)
@@ -57,7 +61,12 @@ def read(store: GatewayStore, *, utc_now: float) -> dict[str, Any]:
         "bundles": _bundles(store),
         "bytes_out": sum(sent.values()),
         "sites": [
-            {"site": site, "devices": devices_at[site], "bytes_out": sent.get(site, 0)}
+            {
+                "site": site,
+                "devices": devices_at[site],
+                "udp_blocked": blocked_at[site],
+                "bytes_out": sent.get(site, 0),
+            }
             for site in sorted(devices_at.keys() | sent.keys())
         ],
         "min_site_replication": runtime["min_site_replication"],

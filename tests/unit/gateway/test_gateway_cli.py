@@ -1,9 +1,11 @@
 import json
+import time
 
 import pytest
 
 from edgesync.cli import main as cli
 from edgesync.storage.datadir import DataDir
+from gateway.service import status
 from gateway.store import GatewayStore
 
 
@@ -126,6 +128,30 @@ def test_publish_assign_status_and_events(fleet, tmp_path):
     ]
     assert later == events[-1:]
     assert json.loads(fleet("events", "-l", "kind=device.accepted")[1])["subject"] == "device:cam-2"
+
+
+def test_status_says_where_udp_is_blocked(fleet, tmp_path):
+    for number in range(3):
+        add_device(tmp_path, f"cam-{number}")
+    assert "UDP" not in fleet("gateway", "status")[1]
+    data = {
+        "broker": {"kind": "embedded", "url": "mqtts://x:1", "connected": True, "error": ""},
+        "quic": None,
+        "min_site_replication": None,
+        "problems": [],
+    }
+    with GatewayStore.open(DataDir.open(tmp_path / "gw", "gateway")) as store, store.atomic() as db:
+        now = time.time()
+        status.write_runtime(store, pid=1, started=now, utc_now=now, data=data)
+        # The last is away: what held for it then need not hold now.
+        db.conn.execute("UPDATE devices SET udp_blocked = 1, online = id <> 'cam-2'")
+        db.conn.execute('UPDATE devices SET labels = \'{"site": "roof"}\'')
+    out = fleet("gateway", "status")[1]
+    assert "tls      UDP is blocked for devices online: 2 at roof\n" in out
+    (site,) = json.loads(fleet("gateway", "status", "--json")[1])["sites"]
+    assert (site["devices"], site["udp_blocked"]) == (3, 2)
+    assert json.loads(fleet("device", "show", "cam-2", "--json")[1])["udp_blocked"] is True
+    assert "udp_blocked    True\n" in fleet("device", "show", "cam-2")[1]
 
 
 def test_publish_again_has_nothing_new(fleet, tmp_path):

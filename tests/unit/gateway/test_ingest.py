@@ -7,6 +7,7 @@ from edgesync.io.mqtt import Incoming
 from edgesync.wire import mqtt as wire
 from edgesync.wire.topics import Kind, Topic
 from gateway.ingest import Ingest
+from gateway.service import devices
 
 DIGEST = "d" * 64
 
@@ -101,6 +102,16 @@ def test_results_a_device_lost_are_told_once(register, device, ingest):
     told = register.rows("SELECT data FROM events WHERE kind = 'device.reports_lost'")
     assert [json.loads(event["data"]) for event in told] == [{"lost": 2}, {"lost": 5}]
     assert row(register)["reports_lost"] == 1  # its outbox was made anew
+
+
+def test_blocked_udp_is_known_until_it_gets_through(register, device, ingest):
+    for sequence, blocked in enumerate((False, True, False)):
+        ingest.handle([state(device, sequence=sequence, udp_blocked=blocked)], utc_now=1.0)
+        assert bool(row(register)["udp_blocked"]) is blocked
+        assert devices.show(register, "cam-1")["udp_blocked"] is blocked
+    ingest.handle([state(device, sequence=9, udp_blocked=True)], utc_now=1.0)
+    ingest.handle([state(device, sequence=10, online=False)], utc_now=1.0)
+    assert row(register)["udp_blocked"]  # a will says nothing of it
 
 
 def test_a_result_said_again_is_one_event(register, device, ingest):
