@@ -8,7 +8,7 @@ was cancelled; after a failing disk nothing more is taken.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from device.bundle_store import StagedBundle
@@ -21,7 +21,7 @@ from edgesync.transport.connection import PieceAnswer
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReceivedPiece:
     """One answer that holds bytes, and who gave it."""
 
@@ -78,9 +78,9 @@ class PieceWriter:
                 outcomes = await self._loop.run_in_executor(
                     self._staged.store.executor, self._write, batch
                 )
-                self._bytes -= sum(len(piece.answer.data) for piece in batch)
-                self._room.set()
-                for piece, error in zip(batch, outcomes, strict=False):
+                self._waiting[:0] = [piece for piece in batch if piece not in outcomes]
+                self._release(outcomes)
+                for piece, error in outcomes.items():
                     if error is None:
                         self._on_written(piece)
                     else:
@@ -93,16 +93,34 @@ class PieceWriter:
         finally:
             self._working = None
 
+    def forget(self, source: PeerKey) -> None:
+        """Drop what waits from a source that is not to be believed any more."""
+        dropped = [piece for piece in self._waiting if piece.source == source]
+        self._waiting = [piece for piece in self._waiting if piece.source != source]
+        self._release(dropped)
+
+    def _release(self, pieces: Iterable[ReceivedPiece]) -> None:
+        self._bytes -= sum(len(piece.answer.data) for piece in pieces)
+        self._room.set()
+
     def _fail(self, error: StorageError) -> None:
         self._error = error
         self._waiting.clear()
         self._room.set()
         self._on_failed(error)
 
-    def _write(self, batch: Sequence[ReceivedPiece]) -> list[VerificationError | None]:
-        """Check and write what it can, one outcome each. Raises StorageError. On the storage thread."""
-        outcomes: list[VerificationError | None] = []
+    def _write(
+        self, batch: Sequence[ReceivedPiece]
+    ) -> dict[ReceivedPiece, VerificationError | None]:
+        """Check and write, on the storage thread. Raises StorageError.
+
+        After a piece that is not what it claims, the others of its source wait for what is made of that.
+        """
+        outcomes: dict[ReceivedPiece, VerificationError | None] = {}
+        doubtful: set[PeerKey] = set()
         for piece in batch:
+            if piece.source in doubtful:
+                continue
             answer = piece.answer
             try:
                 self._staged.put_piece(
@@ -112,9 +130,10 @@ class PieceWriter:
                     carried_bytes=len(answer.data),
                 )
             except VerificationError as exc:
-                outcomes.append(exc)
+                outcomes[piece] = exc
+                doubtful.add(piece.source)
             else:
-                outcomes.append(None)
+                outcomes[piece] = None
         self._staged.save_counters(force=False)
         return outcomes
 

@@ -181,6 +181,7 @@ class Transfer:
                 self._around.report(self.digest, pieces, fetched_from)
             case e.QuarantinePeer(peer):
                 logger.warning("peer %s sent two pieces with a wrong hash: quarantined", peer[:16])
+                self._writer.forget(peer)
                 self._around.quarantine(peer)
             case e.Completed():
                 self._complete.set()

@@ -12,7 +12,7 @@ from device.core.events import GATEWAY
 from device.piece_writer import PieceWriter, ReceivedPiece
 from device.state import StateDatabase
 from edgesync import limits
-from edgesync.errors import StorageError
+from edgesync.errors import StorageError, VerificationError
 from edgesync.ids import PeerKey, PieceId
 from edgesync.transport.connection import PieceAnswer
 from tests.crash.builders import Built, build
@@ -88,6 +88,28 @@ async def test_a_wrong_piece_costs_only_itself(staged: StagedBundle, built: Buil
     await writer.drained()
     assert (told.rejected, told.written, told.failures) == ([1], [2], [])
     assert 1 not in staged.have
+
+
+async def test_after_a_wrong_piece_its_source_is_judged_before_more_is_taken(
+    staged: StagedBundle, built: Built
+) -> None:
+    told = Told()
+    writer = told.writer(staged)
+    other = PeerKey("cd" * 32)
+
+    def rejected(piece: ReceivedPiece, error: VerificationError) -> None:
+        del error
+        told.rejected.append(piece.index)
+        writer.forget(piece.source)
+
+    writer._on_rejected = rejected
+    wrong = received(built, 0).answer
+    for index in (1, 2, 3):
+        await writer.put(ReceivedPiece(PEER, index, wrong))
+    await writer.put(received(built, 4, source=other))
+    await writer.drained()
+    assert (told.rejected, told.written) == ([1], [4])
+    assert writer._bytes == 0
 
 
 async def test_a_failing_disk_ends_it_and_frees_those_that_wait(
