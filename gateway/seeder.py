@@ -69,7 +69,9 @@ SERVED_BUNDLES: Final = 16
 """Piece tables kept in memory: 3.6 MB each at most."""
 REFUSED_RETRY_S: Final = 30.0
 SPENT_RETRY_S: Final = 30.0
-"""A device at a site whose budget is spent asks again so often: it may have been raised."""
+"""A device at a site whose budget is spent asks again so often: a new month may have begun."""
+RAISED_SPREAD_S: Final = 0.5
+"""When a site's budget is raised its devices ask within so long, not all in one moment."""
 CARRIED_FACTOR: Final = 1.05
 """What a piece costs on the wire for each of its bytes."""
 SAMPLED_PIECES: Final = 256
@@ -131,11 +133,13 @@ class Seeder:
         self._sessions = 0
         self._session_of: dict[PeerKey, int] = {}
         self._turns: dict[PeerConnection, asyncio.Lock] = {}
+        self._told_spent: dict[PeerKey, dict[Digest, float]] = {}
+        """Connected devices that wait for their site's budget: bundle → bytes that a piece of it needs."""
         self._sent: dict[str, int] = {}
         self._bytes_out = 0
         self._pieces_out = 0
         self._endpoint: Endpoint | None = None
-        rng = rng or Random()  # noqa: S311  # spreads pieces, guards nothing
+        self._rng = rng = rng or Random()  # noqa: S311  # spreads pieces, guards nothing
         self.scheduler = Scheduler(rng=rng)
         self._runner = Runner[e.SchedulerEvent, e.SchedulerEffect](
             self.scheduler, self._give_lease, tick=e.Tick()
@@ -151,7 +155,7 @@ class Seeder:
     # --- what the daemon tells and asks
 
     async def updated(self, register: Register, trusted: Trusted) -> None:
-        """The database changed: who is where, what is listed."""
+        """The database changed: who is where, what is listed, which budgets hold."""
         self._register = register
         self._trusted = trusted
         for digest in list(self._served):
@@ -163,6 +167,23 @@ class Seeder:
                 self._hold(conn)
             if key in register.by_key and not conn.closed.is_set():
                 self._runner.feed(self._connected_event(conn))
+        self._tell_raised()
+
+    def _tell_raised(self) -> None:
+        """Devices that wait for their site's budget ask again soon once it has room: an empty lease says when."""
+        verdicts: dict[str, Verdict | None] = {}
+        for key, waiting in list(self._told_spent.items()):
+            site = self._site(key)
+            if site not in verdicts:
+                verdicts[site] = self._verdict(key)
+            verdict = verdicts[site]
+            for digest, needed_bytes in list(waiting.items()):
+                if verdict is None or verdict.left_bytes >= needed_bytes:
+                    del waiting[digest]
+                    wait_s = self._rng.uniform(0, RAISED_SPREAD_S)
+                    self._give_lease(e.GiveLease(key, digest, (), (), 0.0, wait_s))
+            if not waiting:
+                del self._told_spent[key]
 
     async def seen(self, key: PeerKey, *, live: bool, held: Sequence[Digest] = ()) -> None:
         """What a device's signed state says: it is there, or its will came; and which whole bundles it holds."""
@@ -258,6 +279,7 @@ class Seeder:
         if self._connections.get(conn.peer.key) is conn:
             del self._connections[conn.peer.key]
             del self._session_of[conn.peer.key]
+            self._told_spent.pop(conn.peer.key, None)
             # A session closed in good order says nothing against the device; one that broke off does.
             idle = isinstance(error, PeerUnreachableError)
             self._runner.feed(e.DeviceDisconnected(conn.peer.key, idle))
@@ -320,12 +342,11 @@ class Seeder:
         retry_s, reason = lease.retry_after_s, ""
         verdict = self._verdict(lease.device)
         served = self._served.get(lease.manifest)
-        if (
-            verdict is not None
-            and served is not None
-            and verdict.left_bytes < CARRIED_FACTOR * served.piece_bytes
-        ):
-            retry_s, reason = max(retry_s, SPENT_RETRY_S), verdict.reason[:200]
+        if verdict is not None and served is not None:
+            needed_bytes = CARRIED_FACTOR * served.piece_bytes
+            if verdict.left_bytes < needed_bytes:
+                retry_s, reason = max(retry_s, SPENT_RETRY_S), verdict.reason[:200]
+                self._told_spent.setdefault(lease.device, {})[lease.manifest] = needed_bytes
         message = Lease(
             manifest=bytes.fromhex(lease.manifest),
             grants=[

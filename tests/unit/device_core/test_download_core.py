@@ -235,6 +235,11 @@ def test_the_gateways_own_reason_is_told() -> None:
     core.handle(e.LeaseReceived((), (), 0.0, 30.0, why), now=0.1)
     assert core.explain(now=1.0) == f"waiting: {why}"
     assert core.next_deadline() == 30.1
+    # Raised: it says so unasked.
+    core.handle(e.LeaseReceived((), (), 0.0, 0.4), now=9.0)
+    assert core.next_deadline() == 9.4
+    assert why not in core.explain(now=9.1)
+    core.handle(e.LeaseReceived((), (), 0.0, 20.0, why), now=10.1)
     assert [type(one) for one in core.handle(e.Tick(), now=30.1)] == [e.AskLease]
     core.handle(lease(3), now=30.2)
     assert core.explain(now=30.3) == "downloading from the gateway"

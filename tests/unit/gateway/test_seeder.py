@@ -1,19 +1,24 @@
 """How the seeder reads pieces for one device: each answered once and in order, few of them held."""
 
+import asyncio
 import hashlib
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 
-from edgesync.ids import Digest, PieceId
+from edgesync.errors import PeerUnreachableError
+from edgesync.ids import DeviceId, Digest, PeerKey, PieceId
 from edgesync.transport.connection import PieceAnswer
-from edgesync.wire.messages import Request
+from edgesync.wire.messages import Lease, LeaseRequest, Request
 from gateway.packs import StoredPiece
-from gateway.register import Register
-from gateway.seeder import READ_BYTES, READ_PIECES, Seeder
+from gateway.register import Device, Register
+from gateway.seeder import RAISED_SPREAD_S, READ_BYTES, READ_PIECES, Seeder
+from gateway.service.budgets import SiteBudget
 
 DIGEST = Digest("ab" * 32)
 
@@ -63,6 +68,85 @@ async def seeding() -> AsyncIterator[tuple[Seeder, Shelf, list[PieceId]]]:
     )
     yield seeder, shelf, ids
     await seeder.close()
+
+
+class Session:
+    """A device's session: keeps the leases it is sent."""
+
+    def __init__(self, key: PeerKey) -> None:
+        self.peer = SimpleNamespace(key=key, role="device")
+        self.wire_bytes = 0
+        self.peer_background = False
+        self.listen_port = 0
+        self.address = ("10.0.0.5", 1)
+        self.closed = SimpleNamespace(is_set=lambda: False)
+        self.send_caps: object = None
+        self.told: list[Lease] = []
+
+    async def send(self, message: Lease) -> None:
+        self.told.append(message)
+
+
+class Tasks:
+    """What the seeder asks of an endpoint."""
+
+    def __init__(self) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def spawn(self, work: Coroutine[Any, Any, None], _name: str) -> None:
+        self.tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def done(self) -> None:
+        await asyncio.gather(*self.tasks)
+
+
+async def test_a_raised_budget_is_told_to_who_waits_and_only_once(
+    seeding: tuple[Seeder, Shelf, list[PieceId]],
+) -> None:
+    seeder, _shelf, _ids = seeding
+    budgets = seeder._budgets
+    tasks = Tasks()
+    seeder.attach(tasks)  # type: ignore[arg-type]
+    keys = [PeerKey(f"{number:064x}") for number in (1, 2, 3)]
+    devices = {
+        key: Device(DeviceId(f"cam-{at}"), key, "accepted", site, {}, "", (), online=True)
+        for at, (key, site) in enumerate(zip(keys, ("roof", "roof", "yard"), strict=True))
+    }
+    register = Register(devices)
+    await seeder.updated(register, seeder._trusted)
+    sessions = [Session(key) for key in keys]
+    for session in sessions:
+        await seeder.connected(session)  # type: ignore[arg-type]
+
+    def limit(roof: int, yard: int) -> None:
+        budgets.update([SiteBudget("roof", roof), SiteBudget("yard", yard)])
+
+    async def told() -> list[list[Lease]]:
+        await seeder.updated(register, seeder._trusted)
+        await tasks.done()
+        found = [session.told for session in sessions]
+        for session in sessions:
+            session.told = []
+        return found
+
+    limit(1, 1)
+    for session in sessions:
+        await seeder.message(session, LeaseRequest(manifest=bytes.fromhex(DIGEST), count=4))  # type: ignore[arg-type]
+    for (lease,) in await told():
+        assert (lease.grants, lease.retry_after_ms) == ([], 30_000)
+        assert "is spent" in str(lease.reason)
+    limit(2, 1)  # no room for a piece: nobody is troubled
+    assert await told() == [[], [], []]
+    limit(10**9, 1)
+    first, second, third = await told()
+    assert third == []
+    for (lease,) in (first, second):
+        assert (lease.grants, lease.reason) == ([], UNSET)
+        assert lease.retry_after_ms <= 1000 * RAISED_SPREAD_S
+    assert await told() == [[], [], []]
+    await seeder.disconnected(sessions[2], PeerUnreachableError("gone"))  # type: ignore[arg-type]
+    budgets.update([])
+    assert await told() == [[], [], []]
 
 
 def ask(seeder: Seeder, ids: list[PieceId]) -> AsyncIterator[PieceAnswer]:
