@@ -325,6 +325,21 @@ class _Listener(RecordUpdateListener):
             cache.async_expire(current_time_millis())
 
 
+class _OneSentence(logging.Filter):
+    """zeroconf logs a traceback when a network goes away beneath one of its sockets, which is daily life here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError):
+            record.msg = "mDNS could not be sent, the network of this machine may have changed: %s"
+            record.args = (error.strerror or str(error),)
+            record.exc_info = record.exc_text = None
+        return True
+
+
+_one_sentence: Final = _OneSentence()
+
+
 class Discovery:
     """``on_candidate`` dials one candidate and says what became of it; ``wanted`` says whether to look at all."""
 
@@ -354,6 +369,7 @@ class Discovery:
         self._scan_now = False
         self._announced: tuple[int, int] = (-1, -1)
         self._addresses: tuple[str, ...] = ()
+        self._announcing: set[asyncio.Future[None]] = set()
 
     async def run(self) -> None:
         """Announce and look until cancelled; a network that is not there yet is waited for."""
@@ -439,6 +455,7 @@ class Discovery:
             self._addresses = ()
 
     async def _start(self, addresses: Sequence[str]) -> None:
+        logging.getLogger("zeroconf").addFilter(_one_sentence)
         self._zeroconf = AsyncZeroconf(
             interfaces=list(addresses), ip_version=IPVersion.V4Only, apple_p2p=False
         )
@@ -447,7 +464,21 @@ class Discovery:
         self._announced = self._versions()
         self._info = self._service(addresses)
         # A name of two machines is told apart by the key's fingerprint, so the name need not be defended for long.
-        await self._zeroconf.async_register_service(self._info, cooperating_responders=True)
+        self._follow(
+            await self._zeroconf.async_register_service(self._info, cooperating_responders=True)
+        )
+
+    def _follow(self, announcing: Awaitable[None]) -> None:
+        """Announcements go on for a while after the call; what they run into is one line."""
+        task = asyncio.ensure_future(announcing)
+        self._announcing.add(task)
+        task.add_done_callback(self._announced_all)
+
+    def _announced_all(self, task: "asyncio.Future[None]") -> None:
+        self._announcing.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            said = str(error) or type(error).__name__
+            logger.warning("mDNS could not announce this device: %s", said)
 
     def _service(self, addresses: Sequence[str]) -> ServiceInfo:
         root, timestamp = self._announced
@@ -474,7 +505,7 @@ class Discovery:
         self._announced = self._versions()
         self._info = self._service(self._addresses)
         with contextlib.suppress(OSError, ZeroconfError):
-            await self._zeroconf.async_update_service(self._info)
+            self._follow(await self._zeroconf.async_update_service(self._info))
 
     def _query(self) -> None:
         if self._zeroconf is None:
@@ -487,6 +518,8 @@ class Discovery:
     async def _stop(self) -> None:
         if self._zeroconf is not None:
             closing, self._zeroconf, self._info = self._zeroconf, None, None
+            for task in self._announcing:
+                task.cancel()
             with contextlib.suppress(OSError, ZeroconfError, TimeoutError):
                 await closing.async_unregister_all_services()
             with contextlib.suppress(OSError, ZeroconfError, TimeoutError):

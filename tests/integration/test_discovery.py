@@ -1,12 +1,77 @@
 """mDNS on loopback: agents of one host find each other, and a flood of invented peers changes nothing."""
 
 import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
 
 from device.discovery import CACHE_RECORDS, Candidate, Discovery, Verdict
 from edgesync import limits
 from edgesync.ids import PeerKey
 from edgesync.testing import mdns_flood
 from tests.swarm_fleet import until
+
+MOVED = """
+import asyncio, logging, subprocess
+from device.discovery import Discovery
+from edgesync.ids import PeerKey
+
+class Said(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.event = asyncio.Event()
+    def emit(self, record):
+        print(self.format(record), flush=True)
+        self.event.set()
+
+async def main():
+    said = Said()
+    logging.getLogger().addHandler(said)
+    async def dial(candidate):
+        return "unreachable"
+    discovery = Discovery(
+        device_id="es-test-1", key=PeerKey("1" * 64), port=7001, wanted=lambda: True, on_candidate=dial
+    )
+    def ip(*words):
+        return asyncio.to_thread(subprocess.run, ["ip", *words], check=True)
+    await ip("link", "add", "cable0", "type", "veth", "peer", "name", "cable1")
+    await ip("address", "add", "10.9.8.7/24", "dev", "cable0")
+    await ip("link", "set", "cable0", "up")
+    await ip("link", "set", "cable1", "up")
+    task = asyncio.create_task(discovery.run())
+    async with asyncio.timeout(60):
+        while discovery._info is None:
+            await asyncio.sleep(0.05)
+        await ip("address", "delete", "10.9.8.7/24", "dev", "cable0")
+        await said.event.wait()
+        await ip("address", "add", "10.9.8.8/24", "dev", "cable0")
+        discovery.interfaces_changed()
+        while discovery._addresses != ("10.9.8.8",) or discovery._info is None:
+            await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_an_address_that_goes_is_one_line_of_the_log() -> None:
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", MOVED],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "mDNS could not be sent, the network of this machine may have changed: Network is unreachable"
+    ]
 
 
 class Finder:
