@@ -39,6 +39,7 @@ from edgesync.errors import EdgeSyncError, ProtocolError
 from edgesync.identity import Identity, certificate_key
 from edgesync.ids import PeerKey
 from edgesync.io.broker_url import BrokerAddress, parse_broker_url
+from edgesync.io.outage_log import OutageLog
 from edgesync.io.proxy import ProxySettings, open_tunnel
 from edgesync.io.proxy import connect as connect_tcp
 from edgesync.io.tcp import connect_in_short_segments
@@ -370,6 +371,8 @@ class MqttLink:
         self._lost: asyncio.Future[None] | None = None
         self._up = asyncio.Event()
         self._was_up = False
+        self._log = OutageLog()
+        self._detour_told = ""
         self._kick = asyncio.Event()
         self._slots = asyncio.Semaphore(self.config.max_publishing)
         self._broker = ""
@@ -500,7 +503,7 @@ class MqttLink:
                 self._last_error = "no broker is known yet"
             turn += 1
             _heed_cancellation()
-            logger.info("mqtt: %s", self._last_error)
+            self._tell_failure()
             if time.monotonic() - began >= self.config.settled_s:
                 failures = 0
             else:  # One that was up for a moment ends a long series of failures, not a fight over the client id.
@@ -515,6 +518,12 @@ class MqttLink:
                     await self._kick.wait()
                 failures = 0
             self._retry_at = None
+
+    def _tell_failure(self) -> None:
+        untold = self._log.failed(now=time.monotonic())
+        level = logging.DEBUG if untold is None else logging.INFO
+        more = f" (and {untold} failures before it)" if untold else ""
+        logger.log(level, "mqtt: %s%s", self._last_error, more)
 
     def _detour(self) -> str:
         if self._door is None:
@@ -554,6 +563,7 @@ class MqttLink:
             return str(exc)
         self._attempt = client
         self._door = door
+        began = time.monotonic()
         looking: asyncio.Task[None] | None = None
         self._lost = asyncio.get_running_loop().create_future()
         try:
@@ -565,8 +575,11 @@ class MqttLink:
                 return f"{broker} cannot be reached{where}: {_reason(exc)}"
             _heed_cancellation()
             self._client = client
+            if self._detour() != self._detour_told:
+                self._detour_told = self._detour()
+                if door is not None:
+                    logger.warning("mqtt: %s", self._detour_told)
             if door is not None:
-                logger.warning("mqtt: %s", self._detour())
                 looking = asyncio.ensure_future(self._look_back(broker))
             await self._serve(client)
         except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
@@ -578,6 +591,8 @@ class MqttLink:
         finally:
             if self._up.is_set():
                 self._last_connected = time.time()
+                if time.monotonic() - began >= self.config.settled_s:
+                    self._log.settled()
             self._up.clear()
             self._client = self._attempt = None
             if not self._lost.done():
@@ -629,7 +644,8 @@ class MqttLink:
         self._last_connected = time.time()
         self._up.set()
         self._was_up = True
-        logger.info("mqtt: connected to %s", self._broker)
+        level = logging.INFO if self._log.up() else logging.DEBUG
+        logger.log(level, "mqtt: connected to %s", self._broker)
         if self._on_connect:
             await self._on_connect()
 

@@ -139,7 +139,10 @@ def link(urls: list[str], rng: random.Random | None = None) -> MqttLink:
     )
 
 
-async def test_back_off_doubles_to_its_ceiling_with_full_jitter() -> None:
+async def test_back_off_doubles_to_its_ceiling_with_full_jitter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "edgesync.io.mqtt")
     rng = Recorded()
     lonely = link(["mqtt://127.0.0.1:1"], rng)
     task = asyncio.create_task(lonely.run())
@@ -150,6 +153,8 @@ async def test_back_off_doubles_to_its_ceiling_with_full_jitter() -> None:
     assert not status.connected
     assert "mqtt://127.0.0.1:1 cannot be reached" in status.last_error
     assert status.last_connected is None
+    (line,) = caplog.messages  # of twelve failures
+    assert line.startswith("mqtt: mqtt://127.0.0.1:1 cannot be reached: ")
 
 
 @pytest.mark.parametrize(
