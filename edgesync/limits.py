@@ -172,6 +172,14 @@ MAX_RELAY_UNPROVEN: Final = 32
 """MQTT relays whose broker has not answered often enough: a bare ClientHello buys a whole one, two sockets."""
 MAX_RELAY_UNPROVEN_PER_ADDRESS: Final = 4
 """One source that opens relays and stays silent leaves places for others."""
+MAX_RELAY_UNPROVEN_KNOWN: Final = 64
+"""The same for sources from which the broker has let a client in lately: strangers elsewhere take none of theirs."""
+MAX_RELAY_UNPROVEN_PER_KNOWN_ADDRESS: Final = 16
+"""A site behind one address comes back as one; a stranger there, or who passed for proven, leaves places for others."""
+MAX_RELAY_KNOWN_ADDRESSES: Final = 1024
+"""Of them, whose place in memory is all that a source gains; the one heard of longest ago is forgotten first."""
+RELAY_KNOWN_S: Final = 86_400.0
+"""So long a source is known after the broker last answered a client of it: an outage does not make it a stranger."""
 RELAY_UNPROVEN_TIMEOUT_S: Final = 10.0
 """Such a relay ends then, silent or not: a stranger that trickles holds it no longer."""
 RELAY_PROVEN_ANSWERS: Final = 3

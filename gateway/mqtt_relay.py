@@ -1,23 +1,26 @@
 """Carries MQTT from the gateway's TLS port to an external broker, for devices that cannot reach the broker's port.
 
 Bytes go through unread: TLS is between device and broker, who judge each other's certificates as ever. What it does
-not do: parse TLS or MQTT, count messages, reconnect. Bounds: connections in all and per address, fewer and for a short
+not do: parse TLS or MQTT, count messages, reconnect. Bounds: connections in all and per source, fewer and for a short
 time until the broker has answered as it answers members only, one chunk of MAX_CHUNK_BYTES per direction, and an end
-for every silence.
+for every silence. A source from which it has so answered lately is *known*: it has more places for connections that are
+not proven yet, and they are none of those that strangers have, so that a site behind one address comes back at once.
 
 Called by ``gateway.daemon``.
 """
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Final
 
 from edgesync import limits
 from edgesync.io.broker_url import BrokerAddress
+from edgesync.transport.udp import source_key
 
 logger = logging.getLogger(__name__)
 
@@ -32,41 +35,71 @@ class MqttRelay:
     def __init__(self, broker: BrokerAddress) -> None:
         self._broker = broker
         self._tasks: set[asyncio.Task[None]] = set()
-        self._by_host: Counter[str] = Counter()
-        self._unproven: Counter[str] = Counter()
+        self._by_source: Counter[str] = Counter()
+        self._strangers: Counter[str] = Counter()
+        self._returning: Counter[str] = Counter()
+        """Not proven yet, from unknown and from known sources."""
+        self._known: OrderedDict[str, float] = OrderedDict()
+        """Until when, on the loop's clock."""
         self.refused = 0
 
     @property
     def unproven(self) -> int:
-        return self._unproven.total()
+        return self._strangers.total() + self._returning.total()
 
     def adopt(self, connection: socket.socket, host: str) -> None:
         """Relay a TCP connection from ``host`` of which nothing was read yet."""
+        source = source_key((host, 0))
+        places = self._places(source)
         if (
-            len(self._tasks) >= limits.MAX_MQTT_CLIENTS
-            or self._by_host[host] >= MAX_PER_ADDRESS
-            or self.unproven >= limits.MAX_RELAY_UNPROVEN
-            or self._unproven[host] >= limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+            places is None
+            or len(self._tasks) >= limits.MAX_MQTT_CLIENTS
+            or self._by_source[source] >= MAX_PER_ADDRESS
             or not self._broker.tls
         ):
             self.refused += 1
             connection.close()
             return
-        self._by_host[host] += 1
-        self._unproven[host] += 1
-        task = asyncio.ensure_future(self._relay(connection, host))
+        self._by_source[source] += 1
+        places[source] += 1
+        task = asyncio.ensure_future(self._relay(connection, host, source, places))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _places(self, source: str) -> Counter[str] | None:
+        """Where one more from ``source`` counts until it is proven; None: there is no place."""
+        if self._known.get(source, 0.0) > asyncio.get_running_loop().time():
+            places, most = self._returning, limits.MAX_RELAY_UNPROVEN_KNOWN
+            most_here = limits.MAX_RELAY_UNPROVEN_PER_KNOWN_ADDRESS
+        else:
+            places, most = self._strangers, limits.MAX_RELAY_UNPROVEN
+            most_here = limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+        here = self._strangers[source] + self._returning[source]
+        return places if places.total() < most and here < most_here else None
+
+    def _settled(self, source: str, places: Counter[str], given: asyncio.Future[None]) -> None:
+        """Proven, or over before."""
+        _less(places, source)
+        if not given.cancelled():
+            self._know(source)
+
+    def _know(self, source: str) -> None:
+        self._known.pop(source, None)
+        self._known[source] = asyncio.get_running_loop().time() + limits.RELAY_KNOWN_S
+        while len(self._known) > limits.MAX_RELAY_KNOWN_ADDRESSES:
+            self._known.popitem(last=False)
 
     async def close(self) -> None:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _relay(self, near: socket.socket, host: str) -> None:
+    async def _relay(
+        self, near: socket.socket, host: str, source: str, places: Counter[str]
+    ) -> None:
         far: socket.socket | None = None
         proof = _Proof()
-        proof.given.add_done_callback(lambda _given: _less(self._unproven, host))
+        proof.given.add_done_callback(functools.partial(self._settled, source, places))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limits.RELAY_UNPROVEN_TIMEOUT_S
         try:
@@ -84,6 +117,7 @@ class MqttRelay:
                 )
                 if proof.given.done():
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    self._know(source)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -95,7 +129,7 @@ class MqttRelay:
             if far is not None:
                 far.close()
             proof.given.cancel()
-            _less(self._by_host, host)
+            _less(self._by_source, source)
 
     async def _connect(self) -> socket.socket:
         loop = asyncio.get_running_loop()
@@ -137,10 +171,10 @@ class _Proof:
             self.given.set_result(None)
 
 
-def _less(counter: Counter[str], host: str) -> None:
-    counter[host] -= 1
-    if not counter[host]:
-        del counter[host]
+def _less(counter: Counter[str], source: str) -> None:
+    counter[source] -= 1
+    if not counter[source]:
+        del counter[source]
 
 
 async def _copy(source: socket.socket, sink: socket.socket, moved: Callable[[], None]) -> None:

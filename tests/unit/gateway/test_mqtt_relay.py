@@ -71,3 +71,63 @@ async def test_whom_the_broker_answers_stays_and_leaves_its_place(
             assert relay.refused == limits.RELAY_PROVEN_ANSWERS
             with enter(relay, "10.0.0.1"):
                 assert relay.refused == limits.RELAY_PROVEN_ANSWERS
+
+
+async def prove(relay: MqttRelay, host: str) -> socket.socket:
+    """A client whom the broker answers often enough."""
+    loop = asyncio.get_running_loop()
+    client = enter(relay, host)
+    for _ in range(limits.RELAY_PROVEN_ANSWERS):
+        await loop.sock_sendall(client, b"x")
+        assert await loop.sock_recv(client, 1) == b"x"
+    for _ in range(100):
+        if not relay.unproven:
+            return client
+        await asyncio.sleep(0)
+    raise AssertionError("it is not proven")
+
+
+async def test_a_site_that_is_known_comes_back_as_one_while_strangers_hold_their_places() -> None:
+    async with relaying() as relay:
+        # The broker goes, and with it every client.
+        (await prove(relay, "10.0.0.1")).close()
+        clients = [enter(relay, f"10.1.0.{n}") for n in range(40)]
+        refused = relay.refused
+        assert refused == len(clients) - limits.MAX_RELAY_UNPROVEN
+        clients += [enter(relay, "10.0.0.1") for _ in range(17)]
+        assert relay.refused == refused + 1
+        assert relay.unproven == limits.MAX_RELAY_UNPROVEN + 16
+        for client in clients:
+            client.close()
+
+
+async def test_places_of_known_sources_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_RELAY_UNPROVEN_KNOWN", 20)
+    monkeypatch.setattr(limits, "MAX_RELAY_KNOWN_ADDRESSES", 2)
+    async with relaying() as relay:
+        clients = [await prove(relay, f"10.0.0.{n}") for n in range(3)]
+        # The first was forgotten for the third.
+        clients += [enter(relay, "10.0.0.0") for _ in range(16)]
+        assert relay.unproven == limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+        clients += [enter(relay, f"10.0.0.{1 + n % 2}") for n in range(30)]
+        assert relay.unproven == limits.MAX_RELAY_UNPROVEN_PER_ADDRESS + 20
+        for client in clients:
+            client.close()
+
+
+async def test_a_source_is_not_known_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RELAY_KNOWN_S", 0.0)
+    async with relaying() as relay:
+        clients = [await prove(relay, "10.0.0.1")]
+        clients += [enter(relay, "10.0.0.1") for _ in range(16)]
+        assert relay.unproven == limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+        for client in clients:
+            client.close()
+
+
+async def test_all_addresses_of_one_ipv6_host_are_one_source() -> None:
+    async with relaying() as relay:
+        clients = [enter(relay, f"2001:db8::{n}") for n in range(1, 7)]
+        assert relay.unproven == limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+        for client in clients:
+            client.close()
