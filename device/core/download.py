@@ -136,11 +136,6 @@ class Download:
     def complete(self) -> bool:
         return not self.picker.missing
 
-    @property
-    def gateway_wanted(self) -> bool:
-        """Whether a session with the gateway would help now."""
-        return bool(self.picker.missing)
-
     def explain(self, *, now: float) -> str:
         """One clause for status screens: what this download does or waits for, and why."""
         picker = self.picker

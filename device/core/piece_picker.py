@@ -71,10 +71,6 @@ class PiecePicker:
     def mask(self, peer: PeerKey) -> int:
         return self._peers.get(peer, self._aside.get(peer, 0))
 
-    def wants_from(self, peer: PeerKey) -> bool:
-        """Whether the peer has a piece that is neither held nor in flight."""
-        return bool(self._peers.get(peer, 0) & self.missing & ~self._busy)
-
     def has_usable(self, piece: int) -> bool:
         """Whether some peer that counts holds the piece."""
         return not self._rarity.levels[0] >> piece & 1 and bool(self.missing >> piece & 1)

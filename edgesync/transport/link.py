@@ -139,10 +139,6 @@ class Link(GrantedWindow):
         """Whether any stream besides the control stream is open."""
         return len(self._streams) > 1
 
-    @property
-    def open_streams(self) -> int:
-        return len(self._streams)
-
     # --- what the endpoint asks of any carrier
 
     @property
