@@ -55,7 +55,7 @@ def configuration(library: str, folder: Path, datagram: int, *, client: bool) ->
 
 async def serve_quic(library: str, folder: Path, datagram: int) -> None:
     clock, block = Clock(), os.urandom(1 << 20)
-    base = importlib.import_module(f"{library}.asyncio.protocol").QuicConnectionProtocol
+    base: Any = importlib.import_module(f"{library}.asyncio.protocol").QuicConnectionProtocol
     received = importlib.import_module(f"{library}.quic.events").StreamDataReceived
 
     class Server(base):  # type: ignore[misc]
@@ -83,7 +83,7 @@ async def fetch_quic(
     asked: str, folder: Path, port: int, datagram: int, size: int, connections: int
 ) -> None:
     library = "aioquic" if asked == "guest" else asked
-    base = importlib.import_module(f"{library}.asyncio.protocol").QuicConnectionProtocol
+    base: Any = importlib.import_module(f"{library}.asyncio.protocol").QuicConnectionProtocol
     received = importlib.import_module(f"{library}.quic.events").StreamDataReceived
     connect = importlib.import_module(f"{library}.asyncio").connect
 

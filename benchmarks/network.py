@@ -6,6 +6,7 @@ page says which bars are reached.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -112,7 +113,7 @@ def _measure(
                 began = time.time()
                 try:
                     row = run_once(
-                        lambda work, link=link: behind([link], work),
+                        functools.partial(behind, [link]),
                         able[key],
                         payload,
                         rate_bit_s=link.patience_bit_s,

@@ -14,6 +14,7 @@
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -354,6 +355,11 @@ def _through(it: Bed, version: str, plan: list[tuple[str, float, float]]) -> Row
     return row
 
 
+def _sign_since(since: Sample, sample: Sample) -> bool:
+    """Whether anything came back from the site."""
+    return sample.back > since.back
+
+
 def _again(it: Bed, since: Sample, version: str = "1") -> float:
     """When AGAIN_BYTES have come since a sample, or the transfer was over (peers may have had the rest)."""
     checked = since.at
@@ -390,9 +396,8 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
                 it.cut(seconds)
                 up = it.watch.sample()
                 busy = (it.agent.cpu_s() - cpu) / seconds
-                back = it.watch.until(
-                    lambda s, up=up: s.back - up.back > 0, what="a sign", timeout_s=120
-                )  # type: ignore[misc]
+                seen = functools.partial(_sign_since, up)
+                back = it.watch.until(seen, what="a sign", timeout_s=120)
                 moved = _again(it, up)
                 rows.append(
                     {
@@ -414,9 +419,9 @@ def again(work: Path, options: argparse.Namespace) -> list[Row]:
             f"moving again after an outage of {seconds:g} s: {_spread(mine)} s ({len(mine)} times)"
         )
         say(_verdict(figure, statistics.median(mine), AGAIN_BAR_S) if seconds == 5.0 else figure)
-        busy = [100 * row["busy"] for row in rows if row["seconds"] == seconds]
+        used = [100 * row["busy"] for row in rows if row["seconds"] == seconds]
         tls = sum(row["seconds"] == seconds and row["carrier"] == "TLS" for row in rows)
-        say(f"  agent's use of a core meanwhile {_spread(busy)} %; first data over TLS {tls} times")
+        say(f"  agent's use of a core meanwhile {_spread(used)} %; first data over TLS {tls} times")
     return rows
 
 

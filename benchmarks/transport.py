@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -344,13 +344,13 @@ def _command(case: Case, role: str, folder: Path, port: int, size: int) -> list[
 
 def _child(role: str, numbers: list[str], options: str) -> None:
     port, datagram, size, connections = map(int, numbers)
-    work = {
+    work: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "_serve_bare": lambda: serve_bare(datagram, options),
         "_fetch_bare": lambda: fetch_bare(port, size, connections, options),
         "_serve_pieces": lambda: serve_pieces(datagram),
         "_fetch_pieces": lambda: fetch_pieces(port, size),
-    }[role]
-    asyncio.run(work())
+    }
+    asyncio.run(work[role]())
 
 
 def measure(case: Case, folder: Path, *, quick: bool) -> tuple[float, float, float]:
@@ -365,6 +365,8 @@ def measure(case: Case, folder: Path, *, quick: bool) -> tuple[float, float, flo
         "text": True,
     }
     with subprocess.Popen(_command(case, "serve", folder, 0, size), **pipes) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
         try:
             port = json.loads(server.stdout.readline())["port"]
             fetch = _command(case, "fetch", folder, port, size)

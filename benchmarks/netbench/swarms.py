@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import functools
 import http.client
 import json
 import re
@@ -143,7 +144,7 @@ class Syncthing:
             node, want = nodes[host.name], len(hosts) - 1
             await_that(
                 f"{node.child.name} to reach the others over {self._transport}",
-                lambda node=node, want=want: node.connections(self._transport) >= want,
+                functools.partial(node.has_met, want, self._transport),
                 timeout_s=START_TIMEOUT_S,
             )
         inside = rig.folder(rig.source.name) / payload.path.name
@@ -228,6 +229,9 @@ class _Node:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             return bool(self.ask("GET", "/rest/system/ping") == {"ping": "pong"})
         return False
+
+    def has_met(self, count: int, transport: str) -> bool:
+        return self.connections(transport) >= count
 
     def connections(self, transport: str) -> int:
         found = self.ask("GET", "/rest/system/connections")["connections"].values()
