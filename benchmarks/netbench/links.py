@@ -75,6 +75,14 @@ LINKS = {
         Link("satellite", "20 Mbit/s, 600 ms RTT, 2 % loss", 20 * MBIT, 0.6, 0.02, bar=0.75),
         Link("fast-1", "100 Mbit/s, 100 ms RTT, 1 % loss", 100 * MBIT, 0.1, 0.01),
         Link(
+            "fast-0",
+            "the same 100 Mbit/s without delay and loss",
+            100 * MBIT,
+            0.0,
+            queue_bdp=0.0,
+            only=("edgesync-bbr", "edgesync-cubic", "curl-bbr"),
+        ),
+        Link(
             "unimpaired",
             "the forwarder without any impairment, what the processes can do",
             1000 * MBIT,
