@@ -219,7 +219,10 @@ class Child:
 
     def received_bytes(self) -> int:
         """What came in on its host's interface, link headers counted. Raises OSError: the process is gone."""
-        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
+        lines = Path(f"/proc/{self.pid}/net/dev").read_text().splitlines()
+        if not lines:  # it was killed and is not yet collected
+            raise ProcessLookupError(f"{self.name} is gone")
+        for line in lines:
             name, _, counters = line.strip().partition(":")
             if name == self.host.interface:
                 return int(counters.split()[0])
