@@ -218,15 +218,15 @@ class Child:
         return cpu_seconds(self.pid) if self.poll() is None else self._cpu_s
 
     def received_bytes(self) -> int:
-        """What came in on its host's interface, link headers counted. Raises OSError: the process is gone."""
-        lines = Path(f"/proc/{self.pid}/net/dev").read_text().splitlines()
-        if not lines:  # it was killed and is not yet collected
-            raise ProcessLookupError(f"{self.name} is gone")
-        for line in lines:
+        """What came in on its host's interface, link headers counted.
+
+        Raises OSError: the process is gone, or has not entered its host's namespace yet.
+        """
+        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
             name, _, counters = line.strip().partition(":")
             if name == self.host.interface:
                 return int(counters.split()[0])
-        raise LabError(f"{self.host.name} has no interface {self.host.interface}")
+        raise ProcessLookupError(f"{self.name} does not see {self.host.interface}")
 
     def kill(self) -> None:
         """SIGKILL, as a power switch would."""
