@@ -194,7 +194,10 @@ class Transfer:
         try:
             if conn is not None:
                 answers = conn.request(
-                    self.digest, list(waiting), max_piece_bytes=self._max_piece_bytes
+                    self.digest,
+                    list(waiting),
+                    max_piece_bytes=self._max_piece_bytes,
+                    answer_bytes=sum(self._lengths[piece] for piece in pieces),
                 )
                 async with contextlib.aclosing(answers):
                     async for answer in answers:

@@ -24,7 +24,7 @@ DRY_DECAY: Final = 0.998
 LONG_RTT_S: Final = 0.05
 """On shorter paths running dry costs less than a killed peer that was asked for much."""
 MAX_RTT_S: Final = 5.0
-FIRST_LONG_RATE_BYTES_S: Final = 1_000_000.0
+FIRST_LONG_RATE_BYTES_S: Final = 2_000_000.0
 """Assumed of a source at the end of a long path that has not delivered yet: it is filled in few questions."""
 MIN_ASKED_PIECES: Final = 4
 MAX_ASKED_BYTES: Final = 8 * limits.MIB

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 UNCAPPED_STEP_BYTES = 1 << 20
 """A cap that is set is noticed after so many bytes of a piece at the latest."""
+PIECE_HEADER_BYTES = 128
+"""More than the message before a piece's body has."""
 MissingReason = Literal["gone", "not_held", "refused", "busy"]
 
 
@@ -218,9 +220,12 @@ class PeerConnection:
         encodings: Sequence[Encoding] = ("identity", "zstd"),
         *,
         max_piece_bytes: int = limits.DEFAULT_MAX_PIECE_BYTES,
+        answer_bytes: int | None = None,
         stall_s: float = limits.STALL_TIMEOUT_S,
     ) -> AsyncGenerator[PieceAnswer, None]:
         """Ask for 1 to 256 pieces; answers come in any order, exactly one for each.
+
+        ``answer_bytes`` is the length of all the pieces together, where it is known.
 
         Answers that are not taken hold back the peer: two pieces of ``max_piece_bytes`` wait here, or what the path
         holds where that is more and the budget has it. Leaving the iterator early (``aclose``, cancellation) ends the
@@ -235,7 +240,8 @@ class PeerConnection:
             await self._pay(held, window)
         async with self._asked(codec.encode(question.request), held_back=window) as stream:
             await stream.grant(2 * max_piece_bytes + limits.MEMBER_STREAM_WINDOW_BYTES)
-            stream.follow_path()
+            bodies = len(pieces) * max_piece_bytes if answer_bytes is None else answer_bytes
+            stream.follow_path(bodies + len(pieces) * PIECE_HEADER_BYTES)
             while question.waiting:
                 message = await stream.read_frame(limits.MAX_CONTROL_FRAME_BYTES, stall_s=stall_s)
                 if message is None:

@@ -192,6 +192,7 @@ class Stream:
         self._ceiling: int | None = None
         self._reserved = 0
         self.follows_path = False
+        self._most: int | None = None
         self._buffer = ReadBuffer()
         self._consumed = 0
         self._ended = False
@@ -218,9 +219,13 @@ class Stream:
         self._link.widen(window)
         self._raise_limit()
 
-    def follow_path(self) -> None:
-        """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least."""
+    def follow_path(self, most: int | None = None) -> None:
+        """Grow the window with what the path carries, as far as the budget has room; ``grant`` was the least.
+
+        ``most`` is all that will come: what a short answer reserves beyond it, a long one beside it lacks.
+        """
         self.follows_path = True
+        self._most = most
         self.widen_to(self._link.first_answer_window())
 
     def begin(self, window: int, held_back: int | None) -> None:
@@ -234,6 +239,8 @@ class Stream:
         self._raise_limit()
 
     def widen_to(self, window: int) -> None:
+        if self._most is not None:
+            window = min(window, self._most)
         extra = window - self._window
         if extra > 0 and self._error is None and self._link.budget.reserve(extra):
             self._reserved += extra
