@@ -14,7 +14,7 @@ ROUND_TRIPS: Final = 4.0
 three, and the sender must not be stopped meanwhile."""
 
 
-FIRST_RATE_BYTES_S: Final = 1_000_000.0
+FIRST_RATE_BYTES_S: Final = 2_500_000.0
 """Assumed of a long path before anything was measured: its sender's window doubles each round trip, and ours must not
 be what stops it."""
 
