@@ -312,9 +312,11 @@ class UdpSocket:
         self._pause = None
         if self._sock.fileno() < 0:
             return
-        self._readable()
-        if self._pause is None and self._sock.fileno() >= 0:
-            self._listen(on=True)
+        try:
+            self._readable()
+        finally:  # an error in a callback must not leave the socket deaf
+            if self._pause is None and self._sock.fileno() >= 0:
+                self._listen(on=True)
 
     def _read_errors(self) -> None:
         flag = getattr(socket, "MSG_ERRQUEUE", None)
