@@ -157,6 +157,7 @@ class Transfer:
             self._fail(exc)
             return
         if durable:
+            await self._writer.told()  # the core hears that a piece arrived before it hears more
             self.feed(e.PiecesDurable(tuple(durable)))
 
     # --- effects
@@ -214,6 +215,7 @@ class Transfer:
         if answer.missing is not None:
             self.feed(e.PieceFailed(source, piece, answer.missing))
             return
+        self.feed(e.PieceReceived(source, piece))
         await self._writer.put(ReceivedPiece(source, piece, answer))
 
     def _written(self, piece: ReceivedPiece) -> None:

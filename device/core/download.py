@@ -46,6 +46,7 @@ from device.core.events import (
     PieceArrived,
     PieceDropped,
     PieceFailed,
+    PieceReceived,
     PiecesDurable,
     QuarantinePeer,
     ReportDurable,
@@ -227,6 +228,9 @@ class Download:
             case PeerLost(peer, pieces):
                 if peer in self._joined:
                     self.picker.remove_mask(peer, mask_of(pieces))
+            case PieceReceived(source_key, piece):
+                self.picker.landing(piece, source_key)
+                return effects
             case PieceArrived():
                 self._on_arrived(event, effects, now=now)
             case BytesMoved(peer, carried_bytes):
@@ -345,6 +349,7 @@ class Download:
         *,
         now: float,
     ) -> None:
+        self.picker.lost(piece, key)
         source = self.ranker.get(key)
         if source is None:
             return
@@ -380,6 +385,7 @@ class Download:
             return
         source.quarantined = True
         self.picker.set_aside(key)
+        self.picker.lost_all(key)
         if source.outstanding:
             self._give_back(key, source)
             effects.append(CancelRequests(key))

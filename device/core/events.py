@@ -95,6 +95,14 @@ class PeerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class PieceReceived:
+    """Its bytes are here to be checked and written; PieceArrived or PieceFailed follows, whatever the source does."""
+
+    source: PeerKey
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
 class PieceArrived:
     """Hash checked and written."""
 
@@ -154,6 +162,7 @@ DownloadEvent = (
     | PeerBitfield
     | PeerHave
     | PeerLost
+    | PieceReceived
     | PieceArrived
     | BytesMoved
     | PieceFailed

@@ -1,8 +1,8 @@
 """Which piece to ask of which peer: rarest first with random ties, endgame on the last pieces. Bookkeeping only.
 
 It does not know time, rates or leases (``device.core.download`` does). Invariants: a piece that is held is never
-picked; a piece in flight is picked a second time only by ``pick_duplicate`` and never from the same source; peers that
-are set aside count for nothing until they are let back in.
+picked; a piece in flight is picked a second time only by ``pick_duplicate`` and never from the same source, and not at
+all while its bytes wait for the disk; peers that are set aside count for nothing until they are let back in.
 
 Source: Legout et al., IMC 2006 (rarest first); BEP 3 (endgame).
 """
@@ -25,6 +25,8 @@ class PiecePicker:
         self._rng = rng
         self._busy = 0
         self._sources: dict[int, tuple[PeerKey, ...]] = {}
+        self._landing: dict[int, PeerKey] = {}
+        """Whose bytes of a piece wait to be checked and written."""
         self._peers: dict[PeerKey, int] = {}
         self._aside: dict[PeerKey, int] = {}
         self._rarity = Rarity(self.missing)
@@ -118,8 +120,26 @@ class PiecePicker:
         left = tuple(other for other in self._sources.get(piece, ()) if other != source)
         if left:
             self._sources[piece] = left
-        elif self._sources.pop(piece, None) is not None:
+        elif self._sources.pop(piece, None) is not None and piece not in self._landing:
             self._busy &= ~(1 << piece)
+
+    def landing(self, piece: int, source: PeerKey) -> None:
+        """The bytes ``source`` sent are being written: nobody else is asked, though the source may leave."""
+        if self.is_missing(piece):
+            self._landing.setdefault(piece, source)
+            self._busy |= 1 << piece
+
+    def lost(self, piece: int, source: PeerKey) -> None:
+        """What ``source`` sent of the piece will not be written."""
+        if self._landing.get(piece) == source:
+            del self._landing[piece]
+            if piece not in self._sources:
+                self._busy &= ~(1 << piece)
+
+    def lost_all(self, source: PeerKey) -> None:
+        """Nothing ``source`` sent will be written any more."""
+        for piece in [piece for piece, sender in self._landing.items() if sender == source]:
+            self.lost(piece, source)
 
     def held(self, piece: int) -> tuple[PeerKey, ...]:
         """The piece is here. Returns the sources it was still asked of."""
@@ -127,6 +147,7 @@ class PiecePicker:
         self.missing &= ~bit
         self._rarity.drop(bit)
         self._busy &= ~bit
+        self._landing.pop(piece, None)
         return self._sources.pop(piece, ())
 
     def dropped(self, piece: int) -> None:
@@ -167,6 +188,7 @@ class PiecePicker:
             for piece, sources in self._sources.items():
                 if len(found) == count:
                     break
-                if mask >> piece & 1 and len(sources) == 1 and sources[0] != peer:
+                alone = len(sources) == 1 and piece not in self._landing
+                if alone and mask >> piece & 1 and sources[0] != peer:
                     found.append(piece)
         return found

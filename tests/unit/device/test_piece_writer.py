@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,13 +140,12 @@ async def test_who_brings_more_than_the_bound_waits(
     told = Told()
     writer = told.writer(staged)
     await writer.put(received(built, 0))
-    await writer.put(received(built, 1))
-    held = asyncio.create_task(writer.put(received(built, 2)))
+    held = asyncio.create_task(writer.put(received(built, 1)))
     await asyncio.sleep(0)
     assert not held.done()
     await asyncio.wait_for(held, 20)
     await writer.drained()
-    assert told.written == [0, 1, 2]
+    assert told.written == [0, 1]
 
 
 async def test_what_was_put_is_told_though_who_put_it_is_gone(
@@ -167,3 +167,65 @@ async def test_what_was_put_is_told_though_who_put_it_is_gone(
     await asyncio.gather(task, return_exceptions=True)
     await writer.drained()
     assert told.written == [3]
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_has_handed_its_piece_over(
+    staged: StagedBundle, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_UNWRITTEN_BYTES", 1)
+    told = Told()
+    writer = told.writer(staged)
+    waits = asyncio.create_task(writer.put(received(built, 5)))
+    await asyncio.sleep(0)
+    waits.cancel()
+    assert (await asyncio.gather(waits, return_exceptions=True))[0] is not None
+    await writer.drained()
+    assert told.written == [5]
+
+
+async def test_what_was_written_before_the_disk_failed_is_told_and_counted(
+    staged: StagedBundle, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = staged.put_piece
+
+    def fails_at_two(index: int, plain: bytes, **how: object) -> bool:
+        if index == 2:
+            raise StorageError("the disk failed")
+        return keep(index, plain, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(staged, "put_piece", fails_at_two)
+    told = Told()
+    writer = told.writer(staged)
+    for index in range(4):
+        await writer.put(received(built, index))
+    await writer.drained()
+    assert (told.written, [str(error) for error in told.failures]) == ([0, 1], ["the disk failed"])
+    kept = staged.store.state.counters(staged.digest)
+    assert kept.bytes_from_peers == len(built.pieces[0]) + len(built.pieces[1])
+
+
+async def test_what_a_flush_made_durable_has_been_told_of(
+    staged: StagedBundle, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage thread is held after the first piece of a batch, and the flush comes there."""
+    first_is_there, go_on = threading.Event(), threading.Event()
+    keep = staged.put_piece
+
+    def slow(index: int, plain: bytes, **how: object) -> bool:
+        fresh = keep(index, plain, **how)  # type: ignore[arg-type]
+        if index == 0:
+            first_is_there.set()
+            go_on.wait(20)
+        return fresh
+
+    monkeypatch.setattr(staged, "put_piece", slow)
+    told = Told()
+    writer = told.writer(staged)
+    for index in range(2):
+        await writer.put(received(built, index))
+    await asyncio.to_thread(first_is_there.wait, 20)
+    assert await asyncio.to_thread(staged.flush) == [0]
+    assert told.written == []
+    go_on.set()
+    await writer.told()
+    assert told.written == [0, 1]

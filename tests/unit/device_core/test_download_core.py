@@ -243,3 +243,37 @@ def test_the_gateways_own_reason_is_told() -> None:
     assert [type(one) for one in core.handle(e.Tick(), now=30.1)] == [e.AskLease]
     core.handle(lease(3), now=30.2)
     assert core.explain(now=30.3) == "downloading from the gateway"
+
+
+def test_what_is_being_written_is_asked_of_nobody_though_its_source_leaves() -> None:
+    core = download(4)
+    for peer in (A, B):
+        core.handle(e.PeerJoined(peer), now=0.0)
+    asked = requests(core.handle(e.PeerBitfield(A, 0b1111), now=0.0))[A]
+    here = asked[0]
+    assert core.handle(e.PieceReceived(A, here), now=0.1) == []
+    core.handle(e.PeerLeft(A), now=0.2)
+    again = requests(core.handle(e.PeerBitfield(B, 0b1111), now=0.2))
+    for moment in range(3, 30):
+        for source, pieces in requests(core.handle(e.Tick(), now=moment / 10)).items():
+            again.setdefault(source, []).extend(pieces)
+    assert again
+    assert here not in again[B]
+    assert e.Announce((here,)) in core.handle(e.PieceArrived(A, here, 10), now=3.0)
+
+
+@pytest.mark.parametrize("quarantined", [False, True])
+def test_what_was_sent_wrong_is_asked_again(quarantined: bool) -> None:
+    core = download(6)
+    core.handle(e.PeerJoined(A), now=0.0)
+    core.handle(e.PeerBitfield(A, 0b111111), now=0.0)
+    wrong = (0, 1) if quarantined else (0,)
+    for piece in (0, 1, 2):
+        core.handle(e.PieceReceived(A, piece), now=0.1)
+    for piece in wrong:
+        core.handle(e.PieceFailed(A, piece, "bad_hash"), now=0.2)
+    core.handle(e.PeerLeft(A), now=0.2)
+    core.handle(e.PeerJoined(B), now=0.3)
+    core.handle(e.PeerBitfield(B, 0b111111), now=0.3)
+    free = core.picker.free | sum(1 << piece for piece in core.ranker.get(B).outstanding)  # type: ignore[union-attr]
+    assert free == (0b111111 if quarantined else 0b111001)
