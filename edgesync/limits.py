@@ -184,6 +184,8 @@ RELAY_UNPROVEN_TIMEOUT_S: Final = 10.0
 """Such a relay ends then, silent or not: a stranger that trickles holds it no longer."""
 RELAY_PROVEN_ANSWERS: Final = 3
 """Answers of the broker to what came since its last: two (a HelloRetryRequest, its handshake) need no certificate."""
+RELAY_STAYED_S: Final = 5.0
+"""Whom the broker keeps so long after them is a member: a stranger's third is the alert with which it is sent away."""
 MAX_MQTT_KEEPALIVE_S: Final = 600
 MAX_MQTT_PACKETS_S: Final = 100
 MAX_MQTT_PACKET_BURST: Final = 1000

@@ -3,15 +3,14 @@
 Bytes go through unread: TLS is between device and broker, who judge each other's certificates as ever. What it does
 not do: parse TLS or MQTT, count messages, reconnect. Bounds: connections in all and per source, fewer and for a short
 time until the broker has answered as it answers members only, one chunk of MAX_CHUNK_BYTES per direction, and an end
-for every silence. A source from which it has so answered lately is *known*: it has more places for connections that are
-not proven yet, and they are none of those that strangers have, so that a site behind one address comes back at once.
+for every silence. A source where it has lately so answered a client, and kept it, is *known*: it has more places for
+connections that are not proven yet, beside those of strangers: a site behind one address comes back at once.
 
 Called by ``gateway.daemon``.
 """
 
 import asyncio
 import contextlib
-import functools
 import logging
 import socket
 from collections import Counter, OrderedDict
@@ -40,7 +39,7 @@ class MqttRelay:
         self._returning: Counter[str] = Counter()
         """Not proven yet, from unknown and from known sources."""
         self._known: OrderedDict[str, float] = OrderedDict()
-        """Until when, on the loop's clock."""
+        """When a client there was last known to be a member, on the loop's clock."""
         self.refused = 0
 
     @property
@@ -66,26 +65,30 @@ class MqttRelay:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def is_known(self, source: str) -> bool:
+        """Whether the broker has lately let a client in from ``source`` (``source_key`` of its address)."""
+        seen = self._known.get(source)
+        now = asyncio.get_running_loop().time()
+        return seen is not None and now - seen < limits.RELAY_KNOWN_S
+
     def _places(self, source: str) -> Counter[str] | None:
         """Where one more from ``source`` counts until it is proven; None: there is no place."""
-        if self._known.get(source, 0.0) > asyncio.get_running_loop().time():
-            places, most = self._returning, limits.MAX_RELAY_UNPROVEN_KNOWN
-            most_here = limits.MAX_RELAY_UNPROVEN_PER_KNOWN_ADDRESS
-        else:
-            places, most = self._strangers, limits.MAX_RELAY_UNPROVEN
-            most_here = limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
-        here = self._strangers[source] + self._returning[source]
-        return places if places.total() < most and here < most_here else None
-
-    def _settled(self, source: str, places: Counter[str], given: asyncio.Future[None]) -> None:
-        """Proven, or over before."""
-        _less(places, source)
-        if not given.cancelled():
-            self._know(source)
+        if (
+            self.is_known(source)
+            and self._returning.total() < limits.MAX_RELAY_UNPROVEN_KNOWN
+            and self._returning[source] < limits.MAX_RELAY_UNPROVEN_PER_KNOWN_ADDRESS
+        ):
+            return self._returning
+        if (
+            self._strangers.total() < limits.MAX_RELAY_UNPROVEN
+            and self._strangers[source] < limits.MAX_RELAY_UNPROVEN_PER_ADDRESS
+        ):
+            return self._strangers
+        return None
 
     def _know(self, source: str) -> None:
         self._known.pop(source, None)
-        self._known[source] = asyncio.get_running_loop().time() + limits.RELAY_KNOWN_S
+        self._known[source] = asyncio.get_running_loop().time()
         while len(self._known) > limits.MAX_RELAY_KNOWN_ADDRESSES:
             self._known.popitem(last=False)
 
@@ -99,7 +102,7 @@ class MqttRelay:
     ) -> None:
         far: socket.socket | None = None
         proof = _Proof()
-        proof.given.add_done_callback(functools.partial(self._settled, source, places))
+        proof.given.add_done_callback(lambda _: _less(places, source))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limits.RELAY_UNPROVEN_TIMEOUT_S
         try:
@@ -116,8 +119,7 @@ class MqttRelay:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if proof.given.done():
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    self._know(source)
+                    await self._await_end(tasks, source)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -130,6 +132,16 @@ class MqttRelay:
                 far.close()
             proof.given.cancel()
             _less(self._by_source, source)
+
+    async def _await_end(self, tasks: set[asyncio.Task[None]], source: str) -> None:
+        """Of a proven client: from one that stays its source is known, now and anew when it goes."""
+        ended, _ = await asyncio.wait(
+            tasks, timeout=limits.RELAY_STAYED_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not ended:
+            self._know(source)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._know(source)
 
     async def _connect(self) -> socket.socket:
         loop = asyncio.get_running_loop()
@@ -154,7 +166,7 @@ class MqttRelay:
 
 
 class _Proof:
-    """Counts the broker's answers: it goes on answering only whom it has let in."""
+    """Counts the broker's answers: the last that a stranger can get is the third, which says why it must go."""
 
     def __init__(self) -> None:
         self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
