@@ -342,11 +342,12 @@ class Seeder:
         retry_s, reason = lease.retry_after_s, ""
         verdict = self._verdict(lease.device)
         served = self._served.get(lease.manifest)
-        if verdict is not None and served is not None:
-            needed_bytes = CARRIED_FACTOR * served.piece_bytes
-            if verdict.left_bytes < needed_bytes:
-                retry_s, reason = max(retry_s, SPENT_RETRY_S), verdict.reason[:200]
-                self._told_spent.setdefault(lease.device, {})[lease.manifest] = needed_bytes
+        needed_bytes = CARRIED_FACTOR * served.piece_bytes if served is not None else 0.0
+        if verdict is not None and verdict.left_bytes < needed_bytes:
+            retry_s, reason = max(retry_s, SPENT_RETRY_S), verdict.reason[:200]
+            self._told_spent.setdefault(lease.device, {})[lease.manifest] = needed_bytes
+        else:
+            self._told_spent.get(lease.device, {}).pop(lease.manifest, None)
         message = Lease(
             manifest=bytes.fromhex(lease.manifest),
             grants=[

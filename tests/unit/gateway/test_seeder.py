@@ -129,9 +129,12 @@ async def test_a_raised_budget_is_told_to_who_waits_and_only_once(
             session.told = []
         return found
 
+    async def ask_lease(session: Session) -> None:
+        await seeder.message(session, LeaseRequest(manifest=bytes.fromhex(DIGEST), count=4))  # type: ignore[arg-type]
+
     limit(1, 1)
     for session in sessions:
-        await seeder.message(session, LeaseRequest(manifest=bytes.fromhex(DIGEST), count=4))  # type: ignore[arg-type]
+        await ask_lease(session)
     for (lease,) in await told():
         assert (lease.grants, lease.retry_after_ms) == ([], 30_000)
         assert "is spent" in str(lease.reason)
@@ -144,6 +147,13 @@ async def test_a_raised_budget_is_told_to_who_waits_and_only_once(
         assert (lease.grants, lease.reason) == ([], UNSET)
         assert lease.retry_after_ms <= 1000 * RAISED_SPREAD_S
     assert await told() == [[], [], []]
+    # Who asked by itself when there was room again waits no longer.
+    limit(1, 1)
+    await ask_lease(sessions[0])
+    assert [len(leases) for leases in await told()] == [1, 0, 0]
+    limit(10**9, 1)
+    await ask_lease(sessions[0])
+    assert [len(leases) for leases in await told()] == [1, 0, 0]
     await seeder.disconnected(sessions[2], PeerUnreachableError("gone"))  # type: ignore[arg-type]
     budgets.update([])
     assert await told() == [[], [], []]
