@@ -27,12 +27,21 @@ GatewayOption = Annotated[
         "--gateway-quic", help="Reach the gateway here, HOST:PORT (NAT, relay).", show_default=False
     ),
 ]
+PROXY_SEEN = "Other users of this machine can see it: give one with a password in EDGESYNC_PROXY or agent.toml."
 ProxyOption = Annotated[
     str | None,
     typer.Option(
         "--proxy",
-        help="HTTP proxy out of the site, http://HOST[:PORT], or none. Other users of this machine can see it: "
-        "give one with a password in EDGESYNC_PROXY or agent.toml.",
+        help=f"HTTP proxy out of the site, http://HOST[:PORT], or none. {PROXY_SEEN}",
+        show_default=False,
+    ),
+]
+RecoveryProxyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--proxy",
+        help="HTTP proxy, http://HOST[:PORT], or none, for this recovery only; a lasting one is `proxy` in agent.toml. "
+        + PROXY_SEEN,
         show_default=False,
     ),
 ]
@@ -139,7 +148,7 @@ def join(
 def recover(
     token_file: TokenOption = None,
     gateway_quic: GatewayOption = None,
-    proxy: ProxyOption = None,
+    proxy: RecoveryProxyOption = None,
     data: DataOption = None,
 ) -> None:
     """Join again with the same key after both copies of trust.db were lost; floors restart from what is installed."""
