@@ -149,15 +149,11 @@ class Daemon:
         await self._upkeep()
         await self._load()
         self.seeder = await self._make_seeder(stack)
-        self.endpoint = await self._open_endpoint(identity)
-        stack.push_async_callback(self.endpoint.close)
-        self.seeder.attach(self.endpoint)
-        door = self.endpoint.tcp_door
-        assert door is not None
+        # The broker before the door that leads to it too: the door serves who finds the broker's port closed.
         if self.settings.broker:
             relay = MqttRelay(parse_broker_url(self.settings.broker))
             stack.push_async_callback(relay.close)
-            door.mqtt = relay.adopt
+            adopt_mqtt = relay.adopt
         else:
             self.broker = EmbeddedBroker(
                 identity=identity,
@@ -166,7 +162,13 @@ class Daemon:
             )
             await self.broker.open(self.settings.listen_mqtt.host, self.settings.listen_mqtt.port)
             stack.push_async_callback(self.broker.stop)
-            door.mqtt = self.broker.adopt
+            adopt_mqtt = self.broker.adopt
+        self.endpoint = await self._open_endpoint(identity)
+        stack.push_async_callback(self.endpoint.close)
+        self.seeder.attach(self.endpoint)
+        door = self.endpoint.tcp_door
+        assert door is not None
+        door.mqtt = adopt_mqtt
         self.announcer = Announcer(
             self.here.gateway_id,
             identity,
