@@ -39,7 +39,7 @@ from edgesync.errors import EdgeSyncError, ProtocolError
 from edgesync.identity import Identity, certificate_key
 from edgesync.ids import PeerKey
 from edgesync.io.broker_url import BrokerAddress, parse_broker_url
-from edgesync.io.outage_log import OutageLog
+from edgesync.io.outage_log import DetourLog, OutageLog
 from edgesync.io.proxy import ProxySettings, open_tunnel
 from edgesync.io.proxy import connect as connect_tcp
 from edgesync.io.tcp import connect_in_short_segments
@@ -58,6 +58,8 @@ for _name in ("_sock_recv", "_sock_close", "_create_socket_connection"):
 
 SOON_AGAIN = 2
 """Failures that still count after a connection that was up."""
+LOOK_SPREAD = (0.75, 1.25)
+"""Of the pauses between looks at the broker's own port: a fleet does not look as one."""
 FIFO_KINDS = frozenset({Kind.CMD, Kind.REPORT, Kind.RSP, Kind.AGGREGATE})
 """Each of these counts; of every other kind only the newest per topic does."""
 
@@ -80,7 +82,8 @@ class LinkConfig:
     max_queued_bytes: int = limits.MAX_MQTT_QUEUED_BYTES
     max_publishing: int = 32
     min_detour_s: float = 30.0
-    """The first look whether the broker's own port answers again while another serves; each later one waits longer."""
+    """The first look whether the broker's own port answers again while another serves; each later one waits longer. A
+    detour that is no shorter is worth a warning."""
     max_detour_s: float = 1800.0
 
     @classmethod
@@ -372,7 +375,7 @@ class MqttLink:
         self._up = asyncio.Event()
         self._was_up = False
         self._log = OutageLog()
-        self._detour_told = ""
+        self._detour_log = DetourLog(lasts_s=LOOK_SPREAD[0] * self.config.min_detour_s)
         self._kick = asyncio.Event()
         self._slots = asyncio.Semaphore(self.config.max_publishing)
         self._broker = ""
@@ -499,6 +502,8 @@ class MqttLink:
                     if not self._unreached:
                         self._last_error = error
                         break
+                if self._unreached:
+                    self._detour_log.nothing_serves()
             else:
                 self._last_error = "no broker is known yet"
             turn += 1
@@ -530,11 +535,16 @@ class MqttLink:
             return ""
         return f"{self._broker} cannot be reached: using TLS on port {self._door.port}"
 
+    def _tell_detour(self) -> None:
+        lasts = self._detour_log.serves(self._detour(), now=time.monotonic())
+        if lasts is not None:
+            logger.log(logging.WARNING if lasts else logging.INFO, "mqtt: %s", self._detour())
+
     async def _look_back(self, broker: BrokerAddress) -> None:
         """While the door serves, look with growing pauses whether the broker's own port answers again."""
         pause = self.config.min_detour_s
         while True:
-            await asyncio.sleep(pause * self._rng.uniform(0.75, 1.25))
+            await asyncio.sleep(pause * self._rng.uniform(*LOOK_SPREAD))
             pause = min(2 * pause, self.config.max_detour_s)
             try:
                 sock, _ = await connect_tcp(
@@ -544,6 +554,7 @@ class MqttLink:
                     timeout_s=self.config.connect_timeout_s,
                 )
             except EdgeSyncError:
+                self._tell_detour()
                 continue
             sock.close()
             self.reconnect(f"{broker} answers at its own port again")
@@ -575,10 +586,7 @@ class MqttLink:
                 return f"{broker} cannot be reached{where}: {_reason(exc)}"
             _heed_cancellation()
             self._client = client
-            if self._detour() != self._detour_told:
-                self._detour_told = self._detour()
-                if door is not None:
-                    logger.warning("mqtt: %s", self._detour_told)
+            self._tell_detour()
             if door is not None:
                 looking = asyncio.ensure_future(self._look_back(broker))
             await self._serve(client)

@@ -1,7 +1,8 @@
-"""Which failures and returns of one connection are worth a line in the log.
+"""Which failures, returns and detours of one connection are worth a line in the log.
 
 Pure: it decides, its caller logs. A device whose gateway is away tries for days, and a connection that comes and goes
-fails many times a minute: the first failure is told, then one in LOG_AGAIN_S at most, and the return once.
+fails many times a minute: the first failure is told, then one in LOG_AGAIN_S at most, and the return once. A detour is
+told when it begins, and once more, as a warning, when it lasts: after an outage the port beside may only answer first.
 
 Called by ``edgesync.io.mqtt``.
 """
@@ -38,3 +39,32 @@ class OutageLog:
         self._down_told = True
         untold, self._untold = self._untold, 0
         return untold
+
+
+class DetourLog:
+    """Times are monotonic seconds."""
+
+    def __init__(self, *, lasts_s: float) -> None:
+        """A detour that old lasts."""
+        self._lasts_s = lasts_s
+        self._since: float | None = None
+        self._told = ("", False)
+
+    def serves(self, detour: str, *, now: float) -> bool | None:
+        """By this detour the connection stands, or by none (""). None: no news; else whether the detour lasts."""
+        if not detour:
+            self._since = None
+            self._told = ("", False)
+            return None
+        if self._since is None:
+            self._since = now
+        lasts = now - self._since >= self._lasts_s
+        told, told_lasts = self._told
+        if detour == told and lasts <= told_lasts:
+            return None
+        self._told = (detour, lasts)
+        return lasts
+
+    def nothing_serves(self) -> None:
+        """The detour is no longer one: which way answers first after the outage says little again."""
+        self._since = None

@@ -1,13 +1,16 @@
 """The parts of the link that need no broker: its inbox, its URLs, and how it waits."""
 
 import asyncio
+import contextlib
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from edgesync.config import HostPort
 from edgesync.errors import ConfigError, EdgeSyncError
 from edgesync.ids import DeviceId, GatewayId
 from edgesync.io.broker_url import BrokerAddress, parse_broker_url
@@ -180,6 +183,95 @@ async def test_publish_without_a_connection_answers_at_once() -> None:
         await lonely.publish("es1/nowhere", b"x", qos=1)
     with pytest.raises(EdgeSyncError):
         await lonely.publish(str(REPORT), bytes(100_000), qos=1)
+
+
+class Answering:
+    """A broker that accepts whoever connects, and no more."""
+
+    def __init__(self) -> None:
+        self._writers: list[asyncio.StreamWriter] = []
+
+    @contextlib.asynccontextmanager
+    async def at(self, sock: socket.socket) -> AsyncIterator[None]:
+        async with await asyncio.start_server(self._serve, sock=sock):
+            yield
+            self.drop()
+
+    def drop(self) -> None:
+        """Everybody."""
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        with contextlib.suppress(OSError):
+            if await reader.read(1000):
+                writer.write(bytes.fromhex("20020000"))  # CONNACK: accepted
+            while await reader.read(1000):
+                pass
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def going_round(
+    min_detour_s: float,
+) -> AsyncIterator[tuple[MqttLink, Answering, socket.socket]]:
+    """A link by the door, which answers, because the broker's port, which is returned bound, does not."""
+    door = Answering()
+    with contextlib.closing(socket.socket()) as own, contextlib.closing(socket.socket()) as beside:
+        for sock in (own, beside):
+            sock.bind(("127.0.0.1", 0))
+        port, door_port = own.getsockname()[1], beside.getsockname()[1]
+        link = MqttLink(
+            client_id="a",
+            brokers=lambda: [f"mqtt://127.0.0.1:{port}"],
+            identity=None,
+            allowed_keys=set,
+            subscriptions=list,
+            config=LinkConfig(
+                min_backoff_s=0.01, connect_timeout_s=10.0, min_detour_s=min_detour_s
+            ),
+            rng=random.Random(1),
+            doors=lambda: [HostPort("127.0.0.1", door_port)],
+        )
+        async with door.at(beside):
+            task = asyncio.create_task(link.run())
+            await asyncio.wait_for(link.wait_connected(), 20)
+            assert f"using TLS on port {door_port}" in link.status().detour
+            yield link, door, own
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def detours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [one.levelname for one in caplog.records if "using TLS on port" in one.getMessage()]
+
+
+async def test_a_detour_is_shown_at_once_and_warned_of_once_when_it_lasts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "edgesync.io.mqtt")
+    looks = 0
+
+    async def refused(*_: object, **__: object) -> None:
+        nonlocal looks
+        looks += 1
+        raise EdgeSyncError("refused")
+
+    monkeypatch.setattr("edgesync.io.mqtt.connect_tcp", refused)
+    async with going_round(min_detour_s=0.02):
+        assert detours(caplog)[0] == "INFO"
+        await until(lambda: looks >= 3)
+        assert detours(caplog) == ["INFO", "WARNING"]
+
+
+async def test_a_detour_that_ends_soon_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "edgesync.io.mqtt")
+    async with going_round(min_detour_s=600.0) as (link, door, own), Answering().at(own):
+        door.drop()
+        await until(lambda: link.status().connected and not link.status().detour)
+        assert detours(caplog) == ["INFO"]
 
 
 async def test_a_name_that_does_not_resolve_blocks_neither_threads_nor_the_end(
