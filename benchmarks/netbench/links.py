@@ -63,14 +63,17 @@ LINKS = {
         Link("loss-1", "20 Mbit/s, 100 ms RTT, 1 % loss", 20 * MBIT, 0.1, 0.01, bar=0.88),
         Link("loss-2", "20 Mbit/s, 100 ms RTT, 2 % loss", 20 * MBIT, 0.1, 0.02, bar=0.86),
         Link("loss-5", "20 Mbit/s, 100 ms RTT, 5 % loss", 20 * MBIT, 0.1, 0.05, bar=0.82),
-        Link(
-            "bursty-2",
-            "20 Mbit/s, 100 ms RTT, 2 % loss in bursts of 3",
-            20 * MBIT,
-            0.1,
-            0.02,
-            burst=3,
-            bar=0.80,
+        *(
+            Link(
+                f"bursty-{percent}",
+                f"20 Mbit/s, 100 ms RTT, {percent} % loss in bursts of 3",
+                20 * MBIT,
+                0.1,
+                percent / 100,
+                burst=3,
+                bar=0.80,
+            )
+            for percent in (1, 2, 5)
         ),
         Link("satellite", "20 Mbit/s, 600 ms RTT, 2 % loss", 20 * MBIT, 0.6, 0.02, bar=0.75),
         Link("fast-1", "100 Mbit/s, 100 ms RTT, 1 % loss", 100 * MBIT, 0.1, 0.01),
