@@ -205,7 +205,8 @@ def verdicts(results: Results, link: Link, size: int) -> list[str]:
         if free:
             share = rate / Spread.of(goodputs(free)).median
             said.append(
-                f"{verdict(share >= 0.6)}: {100 * share:.0f} % of the same processes' rate without delay and loss, bar 60 %"
+                f"{verdict(share >= 0.6)}: {100 * share:.0f} % of the same processes' rate over the same 100 Mbit/s without delay and "
+                "loss, bar 60 % (a forwarder without a rate carries more than a 100 Mbit/s link could)"
             )
     return said
 

@@ -270,14 +270,13 @@ class _Client(aiomqtt.Client):
         return done
 
     async def wait_accepted(self) -> None:
-        """Wait for CONNACK. Raises MqttError."""
+        """Wait for CONNACK. Raises MqttError: it does not come in time."""
         try:
             await self._wait_for(self._connected, timeout=None)
-        except asyncio.CancelledError:
-            # Whoever waits is cancelled and takes the future along; aiomqtt's callbacks would raise on it for ever.
+        finally:
+            # Whoever waits no longer takes the future along; aiomqtt's callbacks would raise on it for ever.
             if self._connected.cancelled():
                 self._connected = asyncio.get_running_loop().create_future()
-            raise
 
     def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
         """As aiomqtt's, but a socket that was closed before the loop came to it is left alone."""
@@ -375,6 +374,7 @@ class MqttLink:
         self._up = asyncio.Event()
         self._was_up = False
         self._log = OutageLog()
+        self._detour_pause_s = self.config.min_detour_s
         self._detour_log = DetourLog(lasts_s=LOOK_SPREAD[0] * self.config.min_detour_s)
         self._kick = asyncio.Event()
         self._slots = asyncio.Semaphore(self.config.max_publishing)
@@ -495,10 +495,10 @@ class MqttLink:
             urls = self._brokers()
             if urls:
                 url = urls[turn % len(urls)]
-                self._last_error = await self._one_connection(url)
+                self._last_error = await self._outlive(url)
                 for door in self._doors() if self._unreached else ():
                     logger.debug("mqtt: %s; trying TLS at %s", self._last_error, door)
-                    error = await self._one_connection(url, door)
+                    error = await self._outlive(url, door)
                     if not self._unreached:
                         self._last_error = error
                         break
@@ -541,11 +541,13 @@ class MqttLink:
             logger.log(logging.WARNING if lasts else logging.INFO, "mqtt: %s", self._detour())
 
     async def _look_back(self, broker: BrokerAddress) -> None:
-        """While the door serves, look with growing pauses whether the broker's own port answers again."""
-        pause = self.config.min_detour_s
+        """While the door serves, look with growing pauses whether the broker's own port answers again.
+
+        They go on growing until a connection by that port stands: what lets TCP through may let no more through.
+        """
         while True:
-            await asyncio.sleep(pause * self._rng.uniform(*LOOK_SPREAD))
-            pause = min(2 * pause, self.config.max_detour_s)
+            await asyncio.sleep(self._detour_pause_s * self._rng.uniform(*LOOK_SPREAD))
+            self._detour_pause_s = min(2 * self._detour_pause_s, self.config.max_detour_s)
             try:
                 sock, _ = await connect_tcp(
                     self._proxies.towards(broker.host),
@@ -559,6 +561,15 @@ class MqttLink:
             sock.close()
             self.reconnect(f"{broker} answers at its own port again")
             return
+
+    async def _outlive(self, url: str, door: HostPort | None = None) -> str:
+        """As ``_one_connection``; a cancellation that nobody asked for ends the connection, not the link."""
+        try:
+            return await self._one_connection(url, door)
+        except asyncio.CancelledError:
+            _heed_cancellation()
+            logger.exception("mqtt: the connection to %s was broken off", self._broker)
+            return f"connection to {self._broker} broke off"
 
     async def _one_connection(self, url: str, door: HostPort | None = None) -> str:
         """Connect, serve until it ends; returns why it ended. ``_unreached`` tells that it never began."""
@@ -587,7 +598,9 @@ class MqttLink:
             _heed_cancellation()
             self._client = client
             self._tell_detour()
-            if door is not None:
+            if door is None:
+                self._detour_pause_s = self.config.min_detour_s
+            else:
                 looking = asyncio.ensure_future(self._look_back(broker))
             await self._serve(client)
         except (aiomqtt.MqttError, OSError, TimeoutError) as exc:

@@ -186,9 +186,11 @@ async def test_publish_without_a_connection_answers_at_once() -> None:
 
 
 class Answering:
-    """A broker that accepts whoever connects, and no more."""
+    """A broker that accepts whoever connects, but for the first ``silent``, and no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: int = 0) -> None:
+        self.came = 0
+        self._silent = silent
         self._writers: list[asyncio.StreamWriter] = []
 
     @contextlib.asynccontextmanager
@@ -206,7 +208,9 @@ class Answering:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         with contextlib.suppress(OSError):
-            if await reader.read(1000):
+            self.came += 1
+            is_silent = self.came <= self._silent
+            if await reader.read(1000) and not is_silent:
                 writer.write(bytes.fromhex("20020000"))  # CONNACK: accepted
             while await reader.read(1000):
                 pass
@@ -216,6 +220,7 @@ class Answering:
 @contextlib.asynccontextmanager
 async def going_round(
     min_detour_s: float,
+    connect_timeout_s: float = 10.0,
 ) -> AsyncIterator[tuple[MqttLink, Answering, socket.socket]]:
     """A link by the door, which answers, because the broker's port, which is returned bound, does not."""
     door = Answering()
@@ -230,7 +235,9 @@ async def going_round(
             allowed_keys=set,
             subscriptions=list,
             config=LinkConfig(
-                min_backoff_s=0.01, connect_timeout_s=10.0, min_detour_s=min_detour_s
+                min_backoff_s=0.01,
+                connect_timeout_s=connect_timeout_s,
+                min_detour_s=min_detour_s,
             ),
             rng=random.Random(1),
             doors=lambda: [HostPort("127.0.0.1", door_port)],
@@ -303,3 +310,52 @@ async def test_a_name_that_does_not_resolve_blocks_neither_threads_nor_the_end(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 1)
+
+
+async def test_a_broker_that_answers_no_connect_is_tried_again() -> None:
+    broker = Answering(silent=2)
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        link = MqttLink(
+            client_id="a",
+            brokers=lambda: [f"mqtt://127.0.0.1:{sock.getsockname()[1]}"],
+            identity=None,
+            allowed_keys=set,
+            subscriptions=list,
+            config=LinkConfig(min_backoff_s=0.01, connect_timeout_s=0.2),
+            rng=random.Random(1),
+        )
+        async with broker.at(sock):
+            task = asyncio.create_task(link.run())
+            await asyncio.wait_for(link.wait_connected(), 20)
+            assert broker.came == 3
+            assert not task.done()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_cancellation_that_nobody_asked_for_does_not_end_the_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = link(["mqtt://127.0.0.1:1"])
+    attempts = 0
+
+    async def one_connection(*_: object) -> str:
+        nonlocal attempts
+        attempts += 1
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(broken, "_one_connection", one_connection)
+    task = asyncio.create_task(broken.run())
+    await until(lambda: attempts >= 2)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_port_that_takes_connections_and_no_more_is_looked_at_ever_less_often() -> None:
+    mute = Answering(silent=1_000_000)
+    async with going_round(0.01, connect_timeout_s=0.2) as (link, _door, own), mute.at(own):
+        await until(lambda: link._detour_pause_s >= 0.16, timeout_s=20)
+        await until(lambda: bool(link.status().detour))
