@@ -71,10 +71,10 @@ def caps_set(
         now = time.time()
         try:
             until = now + parse_duration(lasts) if lasts is not None else None
-            if until == now:
-                raise ValueError("a cap that lasts no time is none: use caps clear to lift one")
         except ValueError as exc:
             raise UsageError(f"--for: {exc}") from exc
+        if until == now:
+            raise UsageError("--for: a cap that lasts no time is none; caps clear lifts one")
         entry = caps.set_cap(
             store,
             scope=scope,
