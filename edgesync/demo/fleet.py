@@ -6,6 +6,7 @@ Nothing here knows how a daemon works inside. Every child dies with the fleet: `
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -76,7 +77,10 @@ class Fleet:
         self.devices: list[Device] = []
         self._gateway: subprocess.Popen[bytes] | None = None
         self._log = log
-        self._ports = {"quic": free_port(socket.SOCK_DGRAM), "mqtt": free_port(socket.SOCK_STREAM)}
+        self._ports = {
+            "quic": free_port(socket.SOCK_DGRAM, socket.SOCK_STREAM),
+            "mqtt": free_port(socket.SOCK_STREAM),
+        }
         self._http = free_port(socket.SOCK_STREAM)
 
     def __enter__(self) -> Self:
@@ -237,11 +241,21 @@ class Fleet:
         return lines[-1] if lines else f"nothing in {self.log_file(name)}"
 
 
-def free_port(kind: socket.SocketKind) -> int:
-    """A port on loopback nobody has bound just now."""
-    with socket.socket(socket.AF_INET, kind) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_port(*kinds: socket.SocketKind) -> int:
+    """A port on loopback nobody has bound just now, in any of these kinds.
+
+    Below those that systems give to outgoing connections: one of them must not have it when its owner comes back.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for kind in kinds:
+                    sock = stack.enter_context(socket.socket(socket.AF_INET, kind))
+                    sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _environment() -> dict[str, str]:
